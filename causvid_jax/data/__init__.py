@@ -1,0 +1,1 @@
+"""Where training data comes from: the built-in world, video files, records, pipelines and the tokenizer."""

@@ -1,0 +1,1 @@
+"""Training: one loop for all stages, their states, optimisers, random streams and checkpoints."""

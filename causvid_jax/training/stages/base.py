@@ -1,0 +1,60 @@
+"""What a stage is to the training loop."""
+
+from collections.abc import Sequence
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from causvid_jax.training import state as state_lib
+
+
+class Stage:
+  """One stage of the method. Subclasses fill in the parts; `config` is the run's config.
+
+  Attributes:
+    frozen: parameters and constants that `step` reads and nothing trains.
+  """
+  frozen: Any = None
+
+  def __init__(self, config: ml_collections.ConfigDict):
+    self.config = config
+
+  @functools.cached_property
+  def source(self) -> Sequence[Any]:
+    """Random access to the training examples."""
+    raise NotImplementedError
+
+  def transform(self, example: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One example as the arrays of a batch."""
+    raise NotImplementedError
+
+  def init(self, key: jax.Array) -> Any:
+    """The state before the first step; its leaves may be boxed with logical axis names."""
+    raise NotImplementedError
+
+  def phase(self, step: int) -> str:
+    """Names the program of a step, for stages that alternate; static to `step`."""
+    del step
+    return "train"
+
+  def step(self, state: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array,
+           phase: str) -> tuple[Any, dict[str, jax.Array]]:
+    """One training step, pure: the new state and scalar metrics; `skipped` counts non-finite updates in a row."""
+    raise NotImplementedError
+
+  def export(self, state: Any, folder: pathlib.Path) -> None:
+    """Writes what the stage leaves to later ones."""
+    raise NotImplementedError
+
+  def preview(self, state: Any) -> dict[str, np.ndarray]:
+    """Sample clips for the eye, by caption: uint8 [F, H, W, 3]."""
+    del state
+    return {}
+
+  @functools.cached_property
+  def optimizer(self):
+    return state_lib.create_optimizer(self.config.optimizer, self.config.num_steps)

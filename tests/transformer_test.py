@@ -1,0 +1,156 @@
+"""Tests of the transformer as a whole-clip model: causality, timesteps, text, sizes, remat and sharding names."""
+
+import dataclasses
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causvid_jax import errors
+from causvid_jax.models import transformer
+
+CONFIG = transformer.PRESETS["test"]
+BATCH, FRAMES, CHUNK, SIDE = 2, 6, 2, 4
+MODEL = transformer.WanTransformer(CONFIG)
+FORWARD = jax.jit(MODEL.apply, static_argnames="chunk_frames")
+
+
+def _inputs():
+  keys = jax.random.split(jax.random.key(0), 3)
+  latents = jax.random.normal(keys[0], (BATCH, FRAMES, SIDE, SIDE, CONFIG.in_channels))
+  timesteps = jax.random.uniform(keys[1], (BATCH, FRAMES), maxval=1000.0)
+  text = jax.random.normal(keys[2], (BATCH, CONFIG.text_tokens, CONFIG.text_dim))
+  return latents, timesteps, text
+
+
+def _boxed():
+  return jax.jit(MODEL.init)(jax.random.key(1), *_inputs())["params"]
+
+
+def _params():
+  """Random values everywhere: the head is zero, and the embeddings almost are, at initialisation."""
+  leaves, tree = jax.tree.flatten(nn.unbox(_boxed()))
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  return tree.unflatten([x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)])
+
+
+class TransformerTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.params = {"params": _params()}
+
+  def test_is_zero_at_initialisation(self):
+    flow = FORWARD({"params": nn.unbox(_boxed())}, *_inputs())
+    np.testing.assert_array_equal(flow, jnp.zeros((BATCH, FRAMES, SIDE, SIDE, CONFIG.out_channels)))
+
+  def test_layers_start_different(self):
+    kernel = nn.unbox(_boxed())["blocks"]["cross_attn"]["k"]["kernel"]
+    self.assertGreater(float(jnp.abs(kernel[0] - kernel[1]).max()), 0.1)
+
+  def test_bidirectional_differs_from_causal_but_not_in_the_last_chunk_of_layer_one(self):
+    inputs = _inputs()
+    both, causal = FORWARD(self.params, *inputs), FORWARD(self.params, *inputs, chunk_frames=CHUNK)
+    self.assertGreater(float(jnp.abs(both - causal).max()), 1e-2)
+    np.testing.assert_allclose(both, FORWARD(self.params, *inputs, chunk_frames=FRAMES), atol=1e-6)
+
+  @parameterized.parameters(1, 2, 3)
+  def test_no_frame_sees_a_later_chunk(self, chunk):
+    latents, timesteps, text = _inputs()
+    before = FORWARD(self.params, latents, timesteps, text, chunk_frames=chunk)
+    for frame in range(FRAMES):
+      after = FORWARD(self.params, latents.at[:, frame].add(1.0), timesteps.at[:, frame].add(100.0), text,
+                      chunk_frames=chunk)
+      start = frame // chunk * chunk
+      np.testing.assert_array_equal(after[:, :start], before[:, :start])
+      changed = jnp.abs(after - before).max(axis=(0, 2, 3, 4))
+      self.assertGreater(float(changed[start:].min()), 1e-5, msg=f"frame {frame} is not seen by all of {changed}")
+
+  def test_bidirectional_sees_every_frame(self):
+    latents, timesteps, text = _inputs()
+    change = jnp.abs(FORWARD(self.params, latents.at[:, -1].add(1.0), timesteps, text)
+                     - FORWARD(self.params, latents, timesteps, text))
+    self.assertGreater(float(change.max(axis=(0, 2, 3, 4)).min()), 1e-5)
+
+  def test_timesteps_modulate_each_frame(self):
+    latents, timesteps, text = _inputs()
+    change = jnp.abs(FORWARD(self.params, latents, timesteps.at[:, 3].set(10.0), text, chunk_frames=1)
+                     - FORWARD(self.params, latents, timesteps, text, chunk_frames=1)).max(axis=(0, 2, 3, 4))
+    np.testing.assert_array_equal(change[:3], 0.0)
+    self.assertGreater(float(change[3]), 10 * float(change[4:].max()))
+
+  def test_padding_of_the_text_is_attended(self):
+    latents, timesteps, text = _inputs()
+    text = text.at[:, -2:].set(0.0)
+    change = FORWARD(self.params, latents, timesteps, text) - FORWARD(self.params, latents, timesteps, text[:, :-2])
+    self.assertGreater(float(jnp.abs(change).max()), 1e-4)
+
+  def test_samples_of_a_batch_are_independent(self):
+    inputs = _inputs()
+    alone = FORWARD(self.params, *(x[1:] for x in inputs), chunk_frames=CHUNK)
+    np.testing.assert_allclose(FORWARD(self.params, *inputs, chunk_frames=CHUNK)[1:], alone, atol=1e-5)
+
+  def test_remat_changes_neither_value_nor_gradient(self):
+    def loss(remat):
+      model = transformer.WanTransformer(dataclasses.replace(CONFIG, remat=remat))
+      objective = lambda params: jnp.mean(model.apply(params, *_inputs(), chunk_frames=CHUNK) ** 2)
+      return jax.jit(jax.value_and_grad(objective))(self.params)
+
+    expected = loss("none")
+    self.assertGreater(float(jnp.abs(expected[1]["params"]["blocks"]["self_attn"]["q"]["kernel"]).max()), 1e-5)
+    for remat in ("full", "dots"):
+      chex.assert_trees_all_close(loss(remat), expected, rtol=1e-4, atol=1e-6)
+
+  def test_bfloat16_computes_near_float32_and_keeps_float32_params(self):
+    model = transformer.WanTransformer(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    flow = model.apply(self.params, *_inputs(), chunk_frames=CHUNK)
+    expected = FORWARD(self.params, *_inputs(), chunk_frames=CHUNK)
+    self.assertEqual(flow.dtype, jnp.float32)
+    self.assertLess(float(jnp.abs(flow - expected).mean() / jnp.abs(expected).mean()), 0.05)
+    params = jax.eval_shape(model.init, jax.random.key(0), *_inputs())
+    self.assertTrue(all(x.dtype == jnp.float32 for x in jax.tree.leaves(params)))
+
+  @parameterized.parameters(("wan_1_3b", 1_418_996_800), ("wan_14b", 14_288_491_584))
+  def test_full_sizes_have_the_published_parameter_count(self, preset, count):
+    config = transformer.PRESETS[preset]
+    shapes = jax.eval_shape(
+        transformer.WanTransformer(config).init, jax.random.key(0), jnp.zeros((1, 3, 4, 4, 16)), jnp.zeros((1, 3)),
+        jnp.zeros((1, config.text_tokens, config.text_dim)))
+    self.assertEqual(sum(x.size for x in jax.tree.leaves(shapes)), count)
+    self.assertEqual(config.head_dim, 128)
+
+  def test_every_parameter_names_its_logical_axes(self):
+    known = {"embed", "heads", "mlp", "layers", "text_embed", None}
+    boxes = jax.tree.leaves_with_path(_boxed(), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    for path, box in boxes:
+      self.assertIsInstance(box, nn.LogicallyPartitioned, msg=path)
+      self.assertLen(box.names, box.value.ndim, msg=path)
+      self.assertContainsSubset(box.names, known, msg=path)
+      self.assertEqual(box.names[0] == "layers", path[0].key == "blocks", msg=path)
+      named = [name for name in box.names if name]
+      self.assertLen(set(named), len(named), msg=path)
+      if path[-1].key == "kernel":
+        self.assertNotEmpty(named, msg=path)
+
+  @parameterized.parameters(0, 4, 5, 12)
+  def test_chunk_that_does_not_divide_the_clip(self, chunk):
+    with self.assertRaisesRegex(errors.UserError, f"{chunk} does not divide the clip's 6 latent frames"):
+      MODEL.apply(self.params, *_inputs(), chunk_frames=chunk)
+
+  def test_other_bad_sizes(self):
+    latents, timesteps, text = _inputs()
+    with self.assertRaisesRegex(errors.UserError, "3x4 is no multiple of the transformer's patch of 2x2"):
+      MODEL.apply(self.params, latents[:, :, :3], timesteps, text)
+    with self.assertRaisesRegex(errors.UserError, "remat is 'some', expected one of none, full, dots"):
+      dataclasses.replace(CONFIG, remat="some")
+    with self.assertRaisesRegex(errors.UserError, "dim 24 must split into 5 heads"):
+      dataclasses.replace(CONFIG, num_heads=5)
+
+
+if __name__ == "__main__":
+  absltest.main()
