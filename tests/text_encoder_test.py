@@ -203,7 +203,8 @@ class ContextLossTest(absltest.TestCase):
     x = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(np.float32)
     variables = nn.unbox(jax.jit(head.init)(jax.random.key(0), x))
     kernel, = (leaf for leaf in jax.tree.leaves(variables) if leaf.ndim == 2)
-    np.testing.assert_allclose(jax.jit(head.apply)(variables, x)[:, :, 2], x @ kernel[:, 10:], rtol=1e-5, atol=1e-6)
+    logits = jax.jit(head.apply)(variables, x)
+    np.testing.assert_allclose(logits[:, :, 2], x @ kernel[:, 10:], rtol=1e-5, atol=1e-6)
 
 
 if __name__ == "__main__":

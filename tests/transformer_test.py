@@ -1,6 +1,7 @@
 """Tests of the transformer as a whole-clip model: causality, timesteps, text, sizes, remat and sharding names."""
 
 import dataclasses
+import functools
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -20,22 +21,23 @@ FORWARD = jax.jit(MODEL.apply, static_argnames="chunk_frames")
 
 
 def _inputs():
-  keys = jax.random.split(jax.random.key(0), 3)
-  latents = jax.random.normal(keys[0], (BATCH, FRAMES, SIDE, SIDE, CONFIG.in_channels))
-  timesteps = jax.random.uniform(keys[1], (BATCH, FRAMES), maxval=1000.0)
-  text = jax.random.normal(keys[2], (BATCH, CONFIG.text_tokens, CONFIG.text_dim))
-  return latents, timesteps, text
+  rng = np.random.default_rng(0)
+  latents = rng.normal(size=(BATCH, FRAMES, SIDE, SIDE, CONFIG.in_channels))
+  timesteps = rng.uniform(high=1000.0, size=(BATCH, FRAMES))
+  text = rng.normal(size=(BATCH, CONFIG.text_tokens, CONFIG.text_dim))
+  return tuple(jnp.asarray(x, jnp.float32) for x in (latents, timesteps, text))
 
 
+@functools.cache
 def _boxed():
   return jax.jit(MODEL.init)(jax.random.key(1), *_inputs())["params"]
 
 
+@functools.cache
 def _params():
   """Random values everywhere: the head is zero, and the embeddings almost are, at initialisation."""
-  leaves, tree = jax.tree.flatten(nn.unbox(_boxed()))
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  return tree.unflatten([x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)])
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.25, size=x.shape), jnp.float32), nn.unbox(_boxed()))
 
 
 class TransformerTest(parameterized.TestCase):
@@ -53,7 +55,7 @@ class TransformerTest(parameterized.TestCase):
     kernel = nn.unbox(_boxed())["blocks"]["cross_attn"]["k"]["kernel"]
     self.assertGreater(float(jnp.abs(kernel[0] - kernel[1]).max()), 0.1)
 
-  def test_bidirectional_differs_from_causal_but_not_in_the_last_chunk_of_layer_one(self):
+  def test_bidirectional_is_one_chunk_and_differs_from_causal(self):
     inputs = _inputs()
     both, causal = FORWARD(self.params, *inputs), FORWARD(self.params, *inputs, chunk_frames=CHUNK)
     self.assertGreater(float(jnp.abs(both - causal).max()), 1e-2)
@@ -92,13 +94,14 @@ class TransformerTest(parameterized.TestCase):
 
   def test_samples_of_a_batch_are_independent(self):
     inputs = _inputs()
-    alone = FORWARD(self.params, *(x[1:] for x in inputs), chunk_frames=CHUNK)
-    np.testing.assert_allclose(FORWARD(self.params, *inputs, chunk_frames=CHUNK)[1:], alone, atol=1e-5)
+    other = [x.at[0].set(0.0) for x in inputs]
+    np.testing.assert_array_equal(FORWARD(self.params, *inputs, chunk_frames=CHUNK)[1],
+                                  FORWARD(self.params, *other, chunk_frames=CHUNK)[1])
 
   def test_remat_changes_neither_value_nor_gradient(self):
     def loss(remat):
       model = transformer.WanTransformer(dataclasses.replace(CONFIG, remat=remat))
-      objective = lambda params: jnp.mean(model.apply(params, *_inputs(), chunk_frames=CHUNK) ** 2)
+      objective = lambda params: jnp.mean(model.apply(params, *_inputs(), chunk_frames=FRAMES // 2) ** 2)
       return jax.jit(jax.value_and_grad(objective))(self.params)
 
     expected = loss("none")
@@ -108,7 +111,7 @@ class TransformerTest(parameterized.TestCase):
 
   def test_bfloat16_computes_near_float32_and_keeps_float32_params(self):
     model = transformer.WanTransformer(dataclasses.replace(CONFIG, dtype="bfloat16"))
-    flow = model.apply(self.params, *_inputs(), chunk_frames=CHUNK)
+    flow = jax.jit(functools.partial(model.apply, chunk_frames=CHUNK))(self.params, *_inputs())
     expected = FORWARD(self.params, *_inputs(), chunk_frames=CHUNK)
     self.assertEqual(flow.dtype, jnp.float32)
     self.assertLess(float(jnp.abs(flow - expected).mean() / jnp.abs(expected).mean()), 0.05)

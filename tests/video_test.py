@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 import wave
 
 from absl.testing import absltest
@@ -32,7 +33,7 @@ class VideoFileTest(parameterized.TestCase):
 
   def setUp(self):
     super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.path = self.folder / "clip.mp4"
 
   def files(self):
@@ -104,13 +105,13 @@ class VideoFileTest(parameterized.TestCase):
       video.write_video(self.path, make_frames().astype(np.float32), 8)
     self.assertEqual(self.files(), [])
 
-  @parameterized.parameters("missing/clip.mp4", "file/clip.mp4", "folder")
+  @parameterized.parameters("missing/clip.mp4", "file/clip.mp4", "folder", "")
   def test_unwritable_paths_are_refused_at_once(self, name):
     (self.folder / "file").write_text("")
     (self.folder / "folder").mkdir()
     with self.assertRaises(errors.UserError) as caught:
       video.VideoWriter(self.folder / name, 8)
-    self.assertRegex(str(caught.exception), rf"^.*{name}: [^\n]+$")
+    self.assertRegex(str(caught.exception), rf"^[^\n]*{name}: [^\n]+$")
     self.assertEqual(self.files(), ["file", "folder"])
 
   def test_unreadable_files_are_refused(self):

@@ -3,14 +3,17 @@
 from collections.abc import Iterable
 import itertools
 import os
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from causvid_jax import weights
 from causvid_jax.data import records
 from causvid_jax.data import tokenizer as tokenizer_lib
+from causvid_jax.weights import store
 
 
 class TextEmbedder:
@@ -23,6 +26,13 @@ class TextEmbedder:
   def __call__(self, prompts: list[str]) -> jax.Array:
     ids, mask = self._tokenizer(prompts, self._tokens)
     return self._apply(self._params, ids, mask)
+
+
+def load_embedder(text_encoder: str, tokenizer: str, tokens: int, base: pathlib.Path | None = None) -> TextEmbedder:
+  """The embedder of a text encoder's and a tokenizer's folder; `tokens` is the length prompts are padded to."""
+  module, params = weights.load(text_encoder, base)
+  backend = tokenizer_lib.Tokenizer.from_file(store.resolve(tokenizer, base) / "tokenizer.json")
+  return TextEmbedder(module, params, backend, tokens)
 
 
 def to_unit(video: np.ndarray) -> np.ndarray:

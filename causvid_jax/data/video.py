@@ -48,10 +48,10 @@ class VideoWriter:
     self._path = pathlib.Path(path)
     self._fps = fractions.Fraction(fps).limit_denominator(1001)
     self._size = size
-    self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
     self._stream = None
     if self._path.is_dir():
       raise errors.UserError(f"{self._path}: expected the name of a video file, found a folder")
+    self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
     try:
       self._temporary.touch()  # FFmpeg opens the file only for the first frame
     except OSError as error:

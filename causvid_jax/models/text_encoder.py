@@ -1,8 +1,8 @@
 """The UMT5 text encoder, and the head that the digit world's own encoder is trained with.
 
 UMT5 is T5 with a relative position bias in every layer: pre-norm blocks whose linear layers have no bias,
-attention that is not scaled by 1/sqrt(D), and a gated feed-forward. Attention is written out here because of the
-position bias: it serves a few hundred tokens, once a prompt, and needs no kernel.
+attention that is not scaled by 1/sqrt(D), and a gated feed-forward. Attention is written out here because of
+the position bias: it serves a few hundred tokens, once a prompt, and needs no kernel.
 
 References: T5 (arXiv 1910.10683, section 2.1), its gated feed-forward (2002.05202), UMT5 (2304.09151).
 """

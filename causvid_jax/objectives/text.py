@@ -1,7 +1,7 @@
 """How the digit world's text encoder is trained: each position must know its neighbours.
 
 Cross-attention reads one position at a time, so the embedding of "seven" itself has to say that the seven is
-red and moves left. A linear head (`text_encoder.ContextHead`) therefore reads the surrounding tokens off every
+red and moves left. A linear head (`text_encoder.ContextHead`) therefore reads the surrounding tokens off each
 embedding, as in the skip-gram model (arXiv 1301.3781); it is thrown away after training.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 OFFSETS = tuple(range(-4, 5))
 
@@ -26,9 +27,9 @@ def context_loss(logits: jax.Array, ids: jax.Array, mask: jax.Array,
   Returns:
     The loss in nats, float32, and the metrics `loss` and `accuracy`.
   """
-  positions = jnp.arange(ids.shape[1])[:, None] + jnp.asarray(offsets)  # [T, O]
+  positions = np.arange(ids.shape[1])[:, None] + np.asarray(offsets)  # [T, O]
   inside = (positions >= 0) & (positions < ids.shape[1])
-  positions = jnp.where(inside, positions, 0)
+  positions = np.where(inside, positions, 0)
   mask = mask.astype(bool)
   targets = ids[:, positions]
   counted = (mask[:, :, None] & mask[:, positions] & inside).astype(jnp.float32)

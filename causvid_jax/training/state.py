@@ -61,5 +61,5 @@ def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformatio
   ema = state.ema
   if ema is not None:
     ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-  metrics = {"grad_norm": optax.global_norm(grads), "skipped": opt_state.notfinite_count}
+  metrics = {"grad_norm": optax.tree.norm(grads), "skipped": opt_state.notfinite_count}
   return TrainState(params, opt_state, ema), metrics

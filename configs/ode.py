@@ -1,0 +1,21 @@
+"""ODE initialisation: the teacher's trajectories, and the student's regression onto their ends.
+
+  python -m causvid_jax.generate_ode --config=configs/ode.py --workdir=runs/trajectories
+  python -m causvid_jax.train --config=configs/ode.py --workdir=runs/ode
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  config = common.get_student_config("ode", variant)
+  config.trajectories = "runs/trajectories"
+  config.init_from = "digit_world/teacher"
+  config.generate = dict(  # how `generate_ode` makes the trajectories
+      teacher="digit_world/teacher", num_trajectories=512, batch_size=16, num_steps=50, solver="euler", guidance=3.0)
+  config.batch_size, config.num_steps = 16, 600
+  config.ema_decay = 0.98
+  config.optimizer.learning_rate = 5e-4
+  return config
