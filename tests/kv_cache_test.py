@@ -24,9 +24,9 @@ WRITE = jax.jit(kv_cache.write)
 
 def _inputs(frames):
   rng = np.random.default_rng(0)
+  text = rng.normal(size=(BATCH, CONFIG.text_tokens, CONFIG.text_dim))
   latents = rng.normal(size=(BATCH, frames, SIDE, SIDE, CONFIG.in_channels))
   timesteps = rng.uniform(high=1000.0, size=(BATCH, frames))
-  text = rng.normal(size=(BATCH, CONFIG.text_tokens, CONFIG.text_dim))
   return tuple(x.astype(np.float32) for x in (latents, timesteps, text))
 
 
@@ -201,24 +201,6 @@ class StreamTest(parameterized.TestCase):
     first = EXTEND(_params(), latents, timesteps, _text_kv(), cache)
     jax.tree.map(np.testing.assert_array_equal, cache, before)
     jax.tree.map(np.testing.assert_array_equal, EXTEND(_params(), latents, timesteps, _text_kv(), cache), first)
-
-  def test_gradients_flow_through_a_stream(self):
-    latents, timesteps, text = _inputs(2 * CHUNK)
-    first, second = latents[:, :CHUNK], latents[:, CHUNK:]
-
-    def streamed(first):
-      extend = functools.partial(MODEL.apply, _params(), method="extend")
-      _, chunk = extend(first, timesteps[:, :CHUNK], _text_kv(), _create(1, 3))
-      cache = kv_cache.write(_create(1, 3), chunk)
-      return jnp.sum(extend(second, timesteps[:, CHUNK:], _text_kv(), cache)[0] ** 2)
-
-    def whole(first):
-      clip = jnp.concatenate([first, second], axis=1)
-      return jnp.sum(MODEL.apply(_params(), clip, timesteps, text, chunk_frames=CHUNK)[:, CHUNK:] ** 2)
-
-    actual, expected = (jax.jit(jax.grad(loss))(first) for loss in (streamed, whole))
-    self.assertGreater(float(jnp.abs(expected).max()), 1e-3)
-    np.testing.assert_allclose(actual, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 if __name__ == "__main__":

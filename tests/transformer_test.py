@@ -61,7 +61,7 @@ class TransformerTest(parameterized.TestCase):
     self.assertGreater(float(jnp.abs(both - causal).max()), 1e-2)
     np.testing.assert_allclose(both, FORWARD(self.params, *inputs, chunk_frames=FRAMES), atol=1e-6)
 
-  @parameterized.parameters(1, 2, 3)
+  @parameterized.parameters(1, 2)
   def test_no_frame_sees_a_later_chunk(self, chunk):
     latents, timesteps, text = _inputs()
     before = FORWARD(self.params, latents, timesteps, text, chunk_frames=chunk)
@@ -101,7 +101,7 @@ class TransformerTest(parameterized.TestCase):
   def test_remat_changes_neither_value_nor_gradient(self):
     def loss(remat):
       model = transformer.WanTransformer(dataclasses.replace(CONFIG, remat=remat))
-      objective = lambda params: jnp.mean(model.apply(params, *_inputs(), chunk_frames=FRAMES // 2) ** 2)
+      objective = lambda params: jnp.mean(model.apply(params, *_inputs()) ** 2)
       return jax.jit(jax.value_and_grad(objective))(self.params)
 
     expected = loss("none")

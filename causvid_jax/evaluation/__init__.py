@@ -1,1 +1,1 @@
-"""The judge of the digit world: reads digits, colours and motion from pixels alone, and reports what it finds."""
+"""The judge of the digit world: digits, colours and motion read from pixels alone, and reports."""

@@ -1,7 +1,7 @@
-"""The judge's eye: a small convolutional network that names one digit and gives features for the Fréchet distance.
+"""The judge's eye: a small convolutional network that names a digit and gives features to compare.
 
-It is trained by `train_judge` on the training glyphs alone, real digits and nothing generated, with the distortions that
-a crop from a decoded video may have: a shifted, turned, scaled, blurred, dimmed or noisy digit.
+It is trained by `train_judge` on the training glyphs alone, real digits and nothing generated, with the
+distortions that a crop from a decoded video may have: shifted, turned, scaled, blurred, dimmed, noisy.
 """
 
 import functools
@@ -44,7 +44,8 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     scale = jax.random.uniform(stretch, (2, 1), minval=0.88, maxval=1.12)
     rotation = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
     grid = jnp.stack(jnp.meshgrid(*2 * [jnp.arange(SIZE) - (SIZE - 1) / 2], indexing="ij")).reshape(2, -1)
-    source = scale * (rotation @ grid) + (SIZE - 1) / 2 + jax.random.uniform(shift, (2, 1), minval=-2.0, maxval=2.0)
+    center = (SIZE - 1) / 2 + jax.random.uniform(shift, (2, 1), minval=-2.0, maxval=2.0)
+    source = scale * (rotation @ grid) + center
     image = jax.scipy.ndimage.map_coordinates(image, list(source), order=1).reshape(SIZE, SIZE)
     kernel = jnp.array([1.0, 2.0, 1.0]) / 4
     blurred = jax.scipy.signal.convolve2d(image, jnp.outer(kernel, kernel), mode="same")

