@@ -34,9 +34,10 @@ class Pipeline:
     self.fps, self.clip_frames = description["fps"], description["clip_frames"]
     self.seconds: dict[str, float] = {}
     self._embed, self._null_text = embed, embed([description["negative_prompt"]])
-    height, width = description["frame_size"]
-    self._latent_clip = vae.config.latent_shape(self.clip_frames, height, width)
-    self._decoder = decode.StreamDecoder(vae, vae_params)
+    self._coding = latents_lib.ClipCoding(
+        self.clip_frames, *description["frame_size"], description["chunk_frames"], description["independent_chunks"])
+    self._frame_shape = self._coding.latent_shape(vae.config)[1:]
+    self._decoder = decode.StreamDecoder(vae, vae_params, self._coding.independent_chunks)
     if self.causal:
       self._start = jax.jit(self.sampler.start, static_argnames="frame_shape")
       self._step = jax.jit(self.sampler.step, donate_argnums=1)
@@ -70,8 +71,8 @@ class Pipeline:
     num_frames = self.clip_frames if num_frames is None else num_frames
     if num_frames < 1:
       raise errors.UserError(f"num_frames = {num_frames}: expected at least 1")
-    latent_frames = 1 + math.ceil((num_frames - 1) / self.vae.config.time_factor)
-    video = (self._call_causal if self.causal else self._call_teacher)(prompts, latent_frames, seed)[:, :num_frames]
+    call = self._call_causal if self.causal else self._call_teacher
+    video = call(prompts, self._coding.latent_frames(self.vae.config, num_frames), seed)[:, :num_frames]
     return video[0] if isinstance(prompt, str) else video
 
   def stream(self, prompt: str, seed: int = 0) -> Iterator[np.ndarray]:
@@ -83,9 +84,9 @@ class Pipeline:
     if not self.causal:
       raise errors.UserError("this checkpoint is bidirectional and cannot stream: expected a causal one")
     text = self._embed(list(prompts))
-    cache, text_kv = self._start(self.params, text, self._null_text, frame_shape=self._latent_clip[1:])
+    cache, text_kv = self._start(self.params, text, self._null_text, frame_shape=self._frame_shape)
     key = jax.random.key(seed)
-    zeros = jnp.zeros((len(prompts), self.sampler.chunk_frames, *self._latent_clip[1:]))
+    zeros = jnp.zeros((len(prompts), self.sampler.chunk_frames, *self._frame_shape))
     state, chunk = self._decoder.start(), 0
     while True:
       cache, latents = self._step(self.params, cache, text_kv, jax.random.fold_in(key, chunk), zeros)
@@ -96,7 +97,7 @@ class Pipeline:
   def latents(self, prompts: Sequence[str], num_chunks: int, seed: int = 0) -> jax.Array:
     """Latents [B, num_chunks k, H, W, C] of a causal model, by one compiled scan."""
     return self._scan(self.params, self._embed(list(prompts)), self._null_text, jax.random.key(seed),
-                      num_chunks=num_chunks, frame_shape=self._latent_clip[1:])
+                      num_chunks=num_chunks, frame_shape=self._frame_shape)
 
   def _call_causal(self, prompts: list[str], latent_frames: int, seed: int) -> np.ndarray:
     start = time.perf_counter()
@@ -111,8 +112,8 @@ class Pipeline:
 
   def _call_teacher(self, prompts: list[str], latent_frames: int, seed: int) -> np.ndarray:
     start = time.perf_counter()
-    noise = jax.random.normal(jax.random.key(seed), (len(prompts), latent_frames, *self._latent_clip[1:]))
+    noise = jax.random.normal(jax.random.key(seed), (len(prompts), latent_frames, *self._frame_shape))
     latents = self._sample(self.params, noise, self._embed(prompts), self._null_text)
-    video = self._decoder.clip(latents, latent_frames)
+    video = self._decoder.clip(latents, self._coding.chunk_frames)
     self.seconds = dict.fromkeys(("first_frames", "total"), time.perf_counter() - start)
     return video

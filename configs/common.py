@@ -26,28 +26,66 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
   ))
 
 
-def get_latent_config(stage: str) -> ml_collections.ConfigDict:
-  """Adds what the stages that train a transformer on latents share."""
+def get_latent_config(stage: str, variant: str = "") -> ml_collections.ConfigDict:
+  """Adds what the stages that train a transformer on latents share.
+
+  Variants: none, the built-in world; `demo`, less of it; `paper`, the setting of arXiv 2412.07772, section 5, on its
+  own architecture's scale (1.3B); `wan_1_3b` and `wan_14b`, Wan 2.1 at 480p. Full sizes read weights from `weights/`
+  and latent records from `data/`.
+  """
   config = get_config(stage)
   config.model = "digit_world"
   config.vae = "digit_world/vae"
   config.text_encoder = "digit_world/text_encoder"
   config.tokenizer = "tokenizer"
   config.negative_prompt = ""
-  config.clip = dict(frames=33, height=64, width=64, fps=8)
+  config.latents = ""
+  config.clip = dict(frames=33, height=64, width=64, fps=8, independent_chunks=False)
   config.schedule = "flow_matching"
   config.prediction = "flow"
   config.shift = 3.0  # 64x64 clips have few dimensions: Wan's 8 at 480p would leave too little to the low noise levels
   config.chunk_frames = 3
   config.cache = dict(sink_frames=3, window_frames=3)  # with the chunk itself as many frames as a training clip has
   config.sampler = dict(num_steps=50, solver="unipc", guidance=3.0)
+  if variant == "demo":
+    config.clips, config.validation_clips = 800, 16
+    config.data_dir = "runs/demo/data"
+  elif variant in ("wan_1_3b", "wan_14b", "paper"):
+    _full_size(config, "wan_1_3b" if variant == "paper" else variant)
+    if variant == "paper":
+      _paper(config)
+  elif variant:
+    raise ValueError(f"no variant {variant!r} of the {stage} config: expected demo, paper, wan_1_3b, wan_14b or none")
   return config
 
 
-def get_student_config(stage: str, variant: str) -> ml_collections.ConfigDict:
+def _full_size(config: ml_collections.ConfigDict, model: str) -> None:
+  """Wan 2.1 at 832x480, 81 frames: 21 latent frames in 7 chunks."""
+  config.model = model
+  config.vae = f"weights/{model}/vae"
+  config.text_encoder = f"weights/{model}/text_encoder"
+  config.tokenizer = f"weights/{model}/tokenizer"
+  config.latents = "data/latents"
+  config.clip = dict(frames=81, height=480, width=832, fps=16, independent_chunks=False)
+  config.shift = 8.0
+  config.cache = dict(sink_frames=3, window_frames=15)
+  config.sampler.guidance = 6.0
+  config.batch_size, config.microbatches = 64, 1
+  config.optimizer.learning_rate, config.optimizer.warmup, config.optimizer.final_lr_ratio = 5e-6, 0, 1.0
+  config.mesh.fsdp = 8
+
+
+def _paper(config: ml_collections.ConfigDict) -> None:
+  """352x640 at 12 fps, chunks of 5 latent frames that the VAE codes on their own, variance-preserving, v-prediction."""
+  config.clip = dict(frames=119, height=352, width=640, fps=12, independent_chunks=True)
+  config.chunk_frames = 5
+  config.cache = dict(sink_frames=5, window_frames=25)
+  config.schedule, config.prediction, config.shift = "variance_preserving", "v", 1.0
+  config.sampler.guidance = 3.5
+
+
+def get_student_config(stage: str, variant: str = "") -> ml_collections.ConfigDict:
   """Adds what the student's two stages share."""
-  config = get_latent_config(stage)
-  config.student_steps = 4
-  if variant:
-    raise ValueError(f"configs/{stage}.py has no variant {variant!r}")
+  config = get_latent_config(stage, variant)
+  config.student_steps = (999, 748, 502, 247) if variant == "paper" else 4
   return config

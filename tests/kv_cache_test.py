@@ -1,4 +1,4 @@
-"""Tests of the ring cache: its slots and rotations, and the stream that runs on it against whole-clip forwards."""
+"""Tests of the ring cache: its slots and rotations, and the stream on it against whole-clip forwards."""
 
 import functools
 
@@ -200,7 +200,8 @@ class StreamTest(parameterized.TestCase):
     before = jax.tree.map(np.array, cache)
     first = EXTEND(_params(), latents, timesteps, _text_kv(), cache)
     jax.tree.map(np.testing.assert_array_equal, cache, before)
-    jax.tree.map(np.testing.assert_array_equal, EXTEND(_params(), latents, timesteps, _text_kv(), cache), first)
+    again = EXTEND(_params(), latents, timesteps, _text_kv(), cache)
+    jax.tree.map(np.testing.assert_array_equal, again, first)
 
 
 if __name__ == "__main__":

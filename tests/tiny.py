@@ -31,7 +31,7 @@ def build(folder: pathlib.Path) -> None:
   network = transformer.WanTransformer(transformer.PRESETS["test"])
   weights.save_pipeline(folder / "teacher", network, randomized(network, 2), {
       "vae": "../vae", "text_encoder": "../text_encoder", "tokenizer": "tokenizer", "negative_prompt": "", "fps": 8,
-      "clip_frames": 33, "frame_size": [64, 64],
+      "clip_frames": 33, "frame_size": [64, 64], "chunk_frames": 3, "independent_chunks": False,
       "sampler": {"kind": "teacher", "schedule": "flow_matching", "prediction": "flow", "num_steps": 4, "shift": 3.0,
                   "solver": "unipc", "guidance": 3.0}})
 

@@ -1,4 +1,4 @@
-"""Tests of the transformer as a whole-clip model: causality, timesteps, text, sizes, remat and sharding names."""
+"""Tests of the transformer on whole clips: causality, timesteps, text, sizes, remat and sharding names."""
 
 import dataclasses
 import functools
@@ -37,7 +37,8 @@ def _boxed():
 def _params():
   """Random values everywhere: the head is zero, and the embeddings almost are, at initialisation."""
   rng = np.random.default_rng(0)
-  return jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.25, size=x.shape), jnp.float32), nn.unbox(_boxed()))
+  random = lambda x: jnp.asarray(rng.normal(scale=0.25, size=x.shape), jnp.float32)
+  return jax.tree.map(random, nn.unbox(_boxed()))
 
 
 class TransformerTest(parameterized.TestCase):
@@ -71,7 +72,7 @@ class TransformerTest(parameterized.TestCase):
       start = frame // chunk * chunk
       np.testing.assert_array_equal(after[:, :start], before[:, :start])
       changed = jnp.abs(after - before).max(axis=(0, 2, 3, 4))
-      self.assertGreater(float(changed[start:].min()), 1e-5, msg=f"frame {frame} is not seen by all of {changed}")
+      self.assertGreater(float(changed[start:].min()), 1e-5, msg=f"of frame {frame}: {changed}")
 
   def test_bidirectional_sees_every_frame(self):
     latents, timesteps, text = _inputs()
@@ -89,8 +90,9 @@ class TransformerTest(parameterized.TestCase):
   def test_padding_of_the_text_is_attended(self):
     latents, timesteps, text = _inputs()
     text = text.at[:, -2:].set(0.0)
-    change = FORWARD(self.params, latents, timesteps, text) - FORWARD(self.params, latents, timesteps, text[:, :-2])
-    self.assertGreater(float(jnp.abs(change).max()), 1e-4)
+    padded = FORWARD(self.params, latents, timesteps, text)
+    cut = FORWARD(self.params, latents, timesteps, text[:, :-2])
+    self.assertGreater(float(jnp.abs(padded - cut).max()), 1e-4)
 
   def test_samples_of_a_batch_are_independent(self):
     inputs = _inputs()
@@ -105,7 +107,8 @@ class TransformerTest(parameterized.TestCase):
       return jax.jit(jax.value_and_grad(objective))(self.params)
 
     expected = loss("none")
-    self.assertGreater(float(jnp.abs(expected[1]["params"]["blocks"]["self_attn"]["q"]["kernel"]).max()), 1e-5)
+    gradient = expected[1]["params"]["blocks"]["self_attn"]["q"]["kernel"]
+    self.assertGreater(float(jnp.abs(gradient).max()), 1e-5)
     for remat in ("full", "dots"):
       chex.assert_trees_all_close(loss(remat), expected, rtol=1e-4, atol=1e-6)
 
@@ -122,8 +125,8 @@ class TransformerTest(parameterized.TestCase):
   def test_full_sizes_have_the_published_parameter_count(self, preset, count):
     config = transformer.PRESETS[preset]
     shapes = jax.eval_shape(
-        transformer.WanTransformer(config).init, jax.random.key(0), jnp.zeros((1, 3, 4, 4, 16)), jnp.zeros((1, 3)),
-        jnp.zeros((1, config.text_tokens, config.text_dim)))
+        transformer.WanTransformer(config).init, jax.random.key(0), jnp.zeros((1, 3, 4, 4, 16)),
+        jnp.zeros((1, 3)), jnp.zeros((1, config.text_tokens, config.text_dim)))
     self.assertEqual(sum(x.size for x in jax.tree.leaves(shapes)), count)
     self.assertEqual(config.head_dim, 128)
 

@@ -114,14 +114,15 @@ def clip(seed: int, split: str, frames: int = FRAMES) -> dict[str, np.ndarray | 
 
 @dataclasses.dataclass
 class DigitWorldConfig(tfds.core.BuilderConfig):
-  """How many clips each split holds; the name carries both, so that builds of different sizes never mix."""
+  """How many clips each split holds, and how long; the name carries all, so that different builds never mix."""
 
   name: str = ""
   train_clips: int = 8_000
   validation_clips: int = 512
+  frames: int = FRAMES
 
   def __post_init__(self):
-    self.name = f"train_{self.train_clips}_validation_{self.validation_clips}"
+    self.name = f"train_{self.train_clips}_validation_{self.validation_clips}_frames_{self.frames}"
 
 
 class DigitWorld(tfds.core.GeneratorBasedBuilder):
@@ -150,7 +151,7 @@ class DigitWorld(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, split: str, clips: int):
     for seed in tqdm.trange(clips, desc=f"digit world, {split}", unit=" clips"):
-      example = clip(seed, split)
+      example = clip(seed, split, self.builder_config.frames)
       frames, height, width, _ = example["video"].shape
       yield seed, dict(video=zlib.compress(example["video"].tobytes(), 1), caption=example["caption"],
                        frames=frames, height=height, width=width)
@@ -163,10 +164,12 @@ def decode(example: dict) -> dict[str, np.ndarray | str]:
   return dict(video=video, caption=example["caption"].decode())
 
 
-def build(data_dir: str | os.PathLike, train_clips: int = 8_000, validation_clips: int = 512) -> DigitWorld:
+def build(data_dir: str | os.PathLike, train_clips: int = 8_000, validation_clips: int = 512,
+          frames: int = FRAMES) -> DigitWorld:
   """Prepares the dataset under `data_dir` unless it is already there, and returns its builder."""
   builder = DigitWorld(data_dir=os.fspath(data_dir), file_format="array_record",
-                       config=DigitWorldConfig(train_clips=train_clips, validation_clips=validation_clips))
+                       config=DigitWorldConfig(
+                           train_clips=train_clips, validation_clips=validation_clips, frames=frames))
   tfds.disable_progress_bar()  # its bars know no total, so they show no ETA; the one above does
   builder.download_and_prepare()
   return builder

@@ -1,8 +1,8 @@
 """Reads a digit-world video without knowing its prompt: colours, their digits and where they head.
 
 A thing is a palette colour with enough ink. It is followed by its centre of mass, its digit is the
-classifier's mean opinion over the clip, and its heading is the motion with the bounces unfolded: turning round
-at a wall is what the world does, turning round in mid-air is an error and counts against the heading.
+classifier's mean opinion over the clip, and its heading is the motion with the bounces unfolded: turning
+round at a wall is what the world does, turning round in mid-air is an error and counts against the heading.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def compare(readings: Sequence[Reading], caption: str) -> dict[str, float]:
 
   Returns:
     digit and direction: the fraction of the caption's things whose match has the right one. color: the
-    Jaccard index of the caption's colours and those read (shared over all): missing and invented things count.
+    Jaccard index of the caption's colours and those read, so that missing and invented things both count.
   """
   things = captions.parse(caption)
   free = list(readings)

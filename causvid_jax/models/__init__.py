@@ -1,1 +1,1 @@
-"""The networks of Wan 2.1 in Flax Linen: transformer, VAE and text encoder, with the attention and KV cache under them."""
+"""The networks of Wan 2.1 in Flax Linen: transformer, VAE and text encoder, attention and caches."""

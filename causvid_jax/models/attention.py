@@ -1,7 +1,8 @@
 """Attention without masks, and the only file that names a kernel.
 
-Block-causal attention (paper eq. 5) needs no mask: the queries of chunk i attend, unmasked, to every key up to the
-end of chunk i. So a static loop over the chunks runs any fused kernel at full speed and skips the hidden half.
+Block-causal attention (paper eq. 5) needs no mask: the queries of chunk i attend, unmasked, to every key up
+to the end of chunk i. So a static loop over the chunks runs any fused kernel at full speed and skips the
+hidden half.
 """
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 
 def _implementation(dtype: jnp.dtype) -> str:
-  """The kernel for inputs of this dtype on the default backend: cuDNN's flash attention has half precision only."""
+  """The kernel for this dtype on the default backend: cuDNN's flash attention has half precision only."""
   half = dtype in (jnp.bfloat16, jnp.float16)
   return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
 
@@ -23,7 +24,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None =
     k: keys [B, S, N, D].
     v: values [B, S, N, D].
     lengths: how many of the first keys count, int32 [B] or a scalar; None means all.
-    implementation: "xla" or "cudnn"; None chooses by dtype and backend. A kernel that cannot serve the call raises.
+    implementation: "xla" or "cudnn"; None chooses by dtype and backend. What cannot serve raises.
 
   Returns:
     [B, T, N, D] in the dtype of q.
@@ -36,7 +37,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None =
 
 def block_causal(q: jax.Array, k: jax.Array, v: jax.Array, chunk_tokens: int,
                  implementation: str | None = None) -> jax.Array:
-  """Attention of [B, T, N, D] to its own and all earlier chunks of `chunk_tokens`, which divides T; paper eq. 5."""
+  """Attention of [B, T, N, D] to its own and earlier chunks of `chunk_tokens`, a divisor of T; eq. 5."""
   ends = range(chunk_tokens, q.shape[1] + 1, chunk_tokens)
   chunks = [attend(q[:, end - chunk_tokens:end], k[:, :end], v[:, :end], implementation=implementation)
             for end in ends]

@@ -1,10 +1,11 @@
 """Keys and values of the past: a ring of constant size for the video, and the prompt's, computed once.
 
-Per layer the ring holds `sink` slots, which keep the first frames for ever, and `window` slots, which keep the last
-ones: frame f lives in slot f if f < sink, else in slot sink + (f - sink) % window. Softmax does not care about the
-order of keys, so a new frame simply overwrites the one that leaves; nothing is shifted, and memory and time per chunk
-never grow. Attention is relative, so only distances must stay in the trained range: window keys are stored turned
-(RoPE) to their absolute frame, sink keys unturned in time, and each read turns the sinks to sit right before the window.
+Per layer the ring holds `sink` slots, which keep the first frames for ever, and `window` slots, which keep
+the last ones: frame f lives in slot f if f < sink, else in slot sink + (f - sink) % window. Softmax does not
+care about the order of keys, so a new frame simply overwrites the one that leaves; nothing is shifted, and
+memory and time per chunk never grow. Attention is relative, so only distances must stay in the trained range:
+window keys are stored turned (RoPE) to their absolute frame, sink keys unturned in time, and each read turns
+the sinks to sit right before the window.
 """
 
 from typing import TYPE_CHECKING
@@ -29,14 +30,14 @@ class TextKV:
 
 @struct.dataclass
 class ChunkKV:
-  """Keys and values of a chunk of F frames: k, v [L, B, F, T, N, D]; keys are turned by row and column, not by frame."""
+  """Keys and values of a chunk: k, v [L, B, F, T, N, D]; keys are turned by row and column, not by frame."""
   k: jax.Array
   v: jax.Array
 
 
 @struct.dataclass
 class KVCache:
-  """The ring: k, v [L, B, sink + window, T, N, D]; `frames` (int32 scalar) counts the frames written so far."""
+  """The ring: k, v [L, B, sink + window, T, N, D]; `frames` (int32 scalar) counts the frames written."""
   k: jax.Array
   v: jax.Array
   frames: jax.Array
@@ -59,7 +60,8 @@ class KVCache:
 def create(config: "transformer.TransformerConfig", batch: int, tokens_per_frame: int, sink_frames: int,
            window_frames: int, dtype: str | None = None) -> KVCache:
   """An empty cache for `batch` streams of a transformer, in its compute dtype unless told otherwise."""
-  shape = (config.num_layers, batch, sink_frames + window_frames, tokens_per_frame, config.num_heads, config.head_dim)
+  slots = sink_frames + window_frames
+  shape = (config.num_layers, batch, slots, tokens_per_frame, config.num_heads, config.head_dim)
   k, v = (jnp.zeros(shape, dtype or config.dtype) for _ in range(2))
   return KVCache(k=k, v=v, frames=jnp.zeros((), jnp.int32), sink=sink_frames)
 
@@ -71,11 +73,12 @@ def check(cache: KVCache, batch: int, frames: int, tokens: int) -> None:
   if cache.k.shape[3] != tokens:
     raise errors.UserError(f"KV cache: made for {cache.k.shape[3]} tokens a frame, used with {tokens}")
   if cache.window < frames:
-    raise errors.UserError(f"KV cache: the window of {cache.window} frames must hold a chunk of {frames} frames")
+    raise errors.UserError(
+        f"KV cache: the window of {cache.window} frames must hold a chunk of {frames} frames")
 
 
 def write(cache: KVCache, chunk: ChunkKV) -> KVCache:
-  """The cache after the chunk: its frames take the next positions and overwrite the oldest ones of the window.
+  """The cache after the chunk: its frames take the next positions and overwrite the window's oldest.
 
   Donate the cache, and the write happens in place.
 

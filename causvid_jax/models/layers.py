@@ -1,7 +1,8 @@
 """Parts of the Wan 2.1 transformer: projections, norms, attention layers, embeddings and the output head.
 
-Matrix products run in the compute dtype; norms, modulation, rotary embedding, softmax and the whole time embedding run
-in float32. Every parameter names its logical axes, for the sharding rules above to map onto a mesh.
+Matrix products run in the compute dtype; norms, modulation, rotary embedding, softmax and the whole time
+embedding run in float32. Every parameter names its logical axes, for the sharding rules above to map onto a
+mesh.
 """
 
 from flax import linen as nn
@@ -27,8 +28,9 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
-  """LN(x) * (1 + scale) + shift for tokens [B, F, T, C] and one shift and scale a frame [B, F, C], in float32."""
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float,
+                   dtype: jnp.dtype) -> jax.Array:
+  """LN(x) * (1 + scale) + shift in float32: tokens [B, F, T, C], a shift and a scale a frame [B, F, C]."""
   return (layer_norm(x, eps) * (1 + scale[:, :, None]) + shift[:, :, None]).astype(dtype)
 
 
@@ -38,7 +40,7 @@ def gated_add(x: jax.Array, y: jax.Array, gate: jax.Array) -> jax.Array:
 
 
 def modulation_table(module: nn.Module, rows: int, dim: int) -> jax.Array:
-  """A learned table [rows, dim] that is added to the projected time embedding; normal / sqrt(dim), as in Wan."""
+  """A learned table [rows, dim], added to the projected time embedding; normal / sqrt(dim), as in Wan."""
   init = nn.with_logical_partitioning(nn.initializers.normal(dim ** -0.5), (None, "embed"))
   return module.param("modulation", init, (rows, dim), jnp.float32)
 
@@ -49,8 +51,9 @@ class AffineLayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)), x.shape[-1:])
-    bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",)), x.shape[-1:])
+    ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+    scale = self.param("scale", nn.with_logical_partitioning(ones, ("embed",)), x.shape[-1:])
+    bias = self.param("bias", nn.with_logical_partitioning(zeros, ("embed",)), x.shape[-1:])
     return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
 
 
@@ -60,13 +63,14 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("heads",)), x.shape[-1:])
+    ones = nn.initializers.ones_init()
+    scale = self.param("scale", nn.with_logical_partitioning(ones, ("heads",)), x.shape[-1:])
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps) * scale).astype(x.dtype)
 
 
 class Attention(nn.Module):
-  """The projections that self-attention and cross-attention share; which tokens meet is the caller's choice."""
+  """The projections of self-attention and of cross-attention; which tokens meet is the caller's choice."""
   dim: int
   num_heads: int
   eps: float
@@ -110,7 +114,7 @@ class FeedForward(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-  """Timesteps [...] in [0, 1000] -> embedding [..., dim] and six modulations of a block [..., 6, dim]; all float32."""
+  """Timesteps [...] in [0, 1000] -> embedding [..., dim], block modulations [..., 6, dim]; all float32."""
   dim: int
   freq_dim: int
 
@@ -122,14 +126,15 @@ class TimeEmbedding(nn.Module):
 
   def __call__(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
     half = self.freq_dim // 2
-    angles = timesteps.astype(jnp.float32)[..., None] * 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps.astype(jnp.float32)[..., None] * frequencies
     waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     embedding = self.down(nn.silu(self.up(waves)))
     return embedding, self.project(nn.silu(embedding)).reshape(*timesteps.shape, 6, self.dim)
 
 
 class Head(nn.Module):
-  """Tokens [B, F, T, C] and time embedding [B, F, C] -> [B, F, T, features], float32; zero at initialisation."""
+  """Tokens [B, F, T, C], time embedding [B, F, C] -> [B, F, T, features], float32; zero at initialisation."""
   dim: int
   features: int
   eps: float
@@ -145,7 +150,7 @@ class Head(nn.Module):
 
 
 def patchify(x: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
-  """Latents [B, F, H, W, C] -> tokens [B, F, T, p C] in row-major order; the elements of a patch keep (rows, columns, C)."""
+  """Latents [B, F, H, W, C] -> tokens [B, F, T, p C], row-major; a patch is ordered by row, column, C."""
   _, ph, pw = patch
   b, f, h, w, c = x.shape
   x = x.reshape(b, f, h // ph, ph, w // pw, pw, c).swapaxes(3, 4)

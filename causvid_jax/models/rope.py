@@ -1,10 +1,10 @@
 """Three-dimensional rotary position embedding (RoPE) with frame positions that never run out.
 
-Of the D/2 pairs of adjacent elements of a head, the last two thirds (rounded down, each) turn with the row and the
-column of a token and the rest with its frame, each axis with its own ladder of frequencies 10000^(-2i / D_axis), as
-in Wan 2.1. An endless stream needs angles at frame ten million, where float32 holds no fraction of a turn; so a
-position is split into its four bytes, and the angle of every byte, reduced modulo 2 pi in float64 on the host, comes
-from a table of 256 rows.
+Of the D/2 pairs of adjacent elements of a head, the last two thirds (rounded down, each) turn with the row
+and the column of a token and the rest with its frame, each axis with its own ladder of frequencies 10000^(-2i
+/ D_axis), as in Wan 2.1. An endless stream needs angles at frame ten million, where float32 holds no fraction
+of a turn; so a position is split into its four bytes, and the angle of every byte, reduced modulo 2 pi in
+float64 on the host, comes from a table of 256 rows.
 """
 
 import functools
@@ -44,21 +44,21 @@ def rotations(frames: jax.Array, height: int, width: int, head_dim: int) -> Rota
     head_dim: D, an even number.
 
   Returns:
-    (cos, sin), each float32 [..., height * width, D/2]. With height = width = 1 only the frame turns; with frames = 0
-    only row and column do; one after the other equals both at once.
+    (cos, sin), each float32 [..., height * width, D/2]. With height = width = 1 only the frame turns, with
+    frames = 0 only row and column do; one after the other equals both at once.
   """
   side = head_dim // 2 // 3
   time = _angles(jnp.asarray(frames, jnp.int32), head_dim // 2 - 2 * side)[..., None, None, :]
   rows = _angles(jnp.arange(height), side)[:, None]
   columns = _angles(jnp.arange(width), side)
   grid = (*time.shape[:-3], height, width)
-  angles = jnp.concatenate([jnp.broadcast_to(a, (*grid, a.shape[-1])) for a in (time, rows, columns)], axis=-1)
-  angles = angles.reshape(*time.shape[:-3], height * width, head_dim // 2)
+  axes = [jnp.broadcast_to(axis, (*grid, axis.shape[-1])) for axis in (time, rows, columns)]
+  angles = jnp.concatenate(axes, axis=-1).reshape(*time.shape[:-3], height * width, head_dim // 2)
   return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply(x: jax.Array, rotation: Rotation) -> jax.Array:
-  """Turns the heads x [..., T, N, D] by a rotation [..., T, D/2] (leading axes broadcast), in float32; keeps x's dtype."""
+  """Turns x [..., T, N, D] by a rotation [..., T, D/2] (leading axes broadcast) in float32; keeps the dtype."""
   cos, sin = (r[..., None, :] for r in rotation)
   even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

@@ -1,8 +1,8 @@
-"""The Wan 2.1 text-to-video transformer: one implementation for the bidirectional teacher and the causal student.
+"""The Wan 2.1 text-to-video transformer: one model for the bidirectional teacher and the causal student.
 
-`WanTransformer` predicts the flow of noisy latents with one timestep a frame. Called on a whole clip it attends in both
-directions, or, given `chunk_frames`, block-causally (paper eq. 5). `extend` runs the next chunk of a stream on a KV
-cache with the same blocks; only the source of keys and values differs.
+`WanTransformer` predicts the flow of noisy latents with one timestep a frame. Called on a whole clip it
+attends in both directions, or, given `chunk_frames`, block-causally (paper eq. 5). `extend` runs the next
+chunk of a stream on a KV cache with the same blocks; only the source of keys and values differs.
 
 Reference: Wan 2.1 technical report, section 4.2; `wan/modules/model.py` of Wan-Video/Wan2.1.
 """
@@ -28,7 +28,7 @@ _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# Queries, keys, values [B, F, T, N, D] -> attended values [B, F T, N, D], and what the caller keeps of the layer.
+# Queries, keys, values [B, F, T, N, D] -> attended values [B, F T, N, D], and what is kept of the layer.
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -69,9 +69,11 @@ class TransformerConfig:
 
   def __post_init__(self):
     if self.dim % (2 * self.num_heads):
-      raise errors.UserError(f"transformer: dim {self.dim} must split into {self.num_heads} heads of even size")
+      raise errors.UserError(
+          f"transformer: dim {self.dim} must split into {self.num_heads} heads of even size")
     if self.remat not in _REMAT_POLICIES:
-      raise errors.UserError(f"transformer: remat is {self.remat!r}, expected one of {', '.join(_REMAT_POLICIES)}")
+      raise errors.UserError(
+          f"transformer: remat is {self.remat!r}, expected one of {', '.join(_REMAT_POLICIES)}")
 
   @property
   def head_dim(self) -> int:
@@ -83,11 +85,12 @@ class TransformerConfig:
 
 
 PRESETS: dict[str, TransformerConfig] = {
-    "test": TransformerConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_channels=4, out_channels=4, freq_dim=16,
-                              text_dim=8, text_tokens=5),
-    # Recomputing the elementwise work of a small model is faster on CPU than storing it: a third off a training step.
-    "digit_world": TransformerConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, freq_dim=64, text_dim=64,
-                                     text_tokens=24, remat="dots"),
+    "test": TransformerConfig(
+        dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_channels=4, out_channels=4, freq_dim=16,
+        text_dim=8, text_tokens=5),
+    # On CPU it is faster to recompute a small model's elementwise work than to store it: a third off a step.
+    "digit_world": TransformerConfig(
+        dim=192, ffn_dim=768, num_heads=6, num_layers=6, freq_dim=64, text_dim=64, text_tokens=24, remat="dots"),
     "wan_1_3b": TransformerConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan_14b": TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
@@ -110,7 +113,7 @@ class Block(nn.Module):
     return self.cross_attn.keys_values(text)
 
   def __call__(self, x: jax.Array, time: jax.Array, text: kv_cache.TextKV, mix: Mix) -> tuple[jax.Array, Any]:
-    """Tokens [B, F, T, C], time modulations [B, F, 6, C] and one layer's text -> tokens, and what `mix` keeps."""
+    """Tokens [B, F, T, C], modulations [B, F, 6, C], one layer's text -> tokens, and what `mix` keeps."""
     c = self.config
     shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.moveaxis(self.modulation + time, 2, 0)
     y = layers.modulated_norm(x, shift_a, scale_a, c.eps, c.dtype)
@@ -124,7 +127,7 @@ class Block(nn.Module):
 
 
 class WanTransformer(nn.Module):
-  """Predicts the flow v = eps - x_0 of latents [B, F, H, W, C], given one timestep a frame and embedded text."""
+  """Predicts the flow v = eps - x_0 of latents [B, F, H, W, C], given timesteps and embedded text."""
   config: TransformerConfig
 
   def setup(self):
@@ -154,7 +157,8 @@ class WanTransformer(nn.Module):
     frames = latents.shape[1]
     chunk_frames = frames if chunk_frames is None else chunk_frames
     if chunk_frames < 1 or frames % chunk_frames:
-      raise errors.UserError(f"chunk_frames: {chunk_frames} does not divide the clip's {frames} latent frames")
+      raise errors.UserError(
+          f"chunk_frames: {chunk_frames} does not divide the clip's {frames} latent frames")
     height, width = self._grid(latents)
     rotation = rope.rotations(jnp.arange(frames), height, width, self.config.head_dim)
 
@@ -167,12 +171,13 @@ class WanTransformer(nn.Module):
 
   def encode_text(self, text: jax.Array) -> kv_cache.TextKV:
     """Text embeddings [B, S, text_dim] -> keys and values of every cross-attention, k, v [L, B, S, N, D]."""
-    k, v = self._over_layers(lambda block, text, _: (text, block.text_kv(text)), self.text_embed(text), None)[1]
+    text = self.text_embed(text)
+    _, (k, v) = self._over_layers(lambda block, carry, _: (carry, block.text_kv(text)), None, None)
     return kv_cache.TextKV(k=k, v=v)
 
   def extend(self, latents: jax.Array, timesteps: jax.Array, text_kv: kv_cache.TextKV,
              cache: kv_cache.KVCache) -> tuple[jax.Array, kv_cache.ChunkKV]:
-    """The flow of the next chunk of a stream, which attends to itself, the sinks and the window (Algorithm 2).
+    """The flow of a stream's next chunk, which attends to itself, the sinks and the window (Algorithm 2).
 
     Args:
       latents: noisy latents of the chunk [B, F, H, W, C].
@@ -190,7 +195,8 @@ class WanTransformer(nn.Module):
     batch, frames = latents.shape[:2]
     kv_cache.check(cache, batch, frames, height * width)
     if text_kv.k.shape[1] != batch:
-      raise errors.UserError(f"text keys: made for a batch of {text_kv.k.shape[1]}, used with a batch of {batch}")
+      raise errors.UserError(
+          f"text keys: made for a batch of {text_kv.k.shape[1]}, used with a batch of {batch}")
     in_space = rope.rotations(jnp.zeros(1, jnp.int32), height, width, self.config.head_dim)
     positions = cache.frames + jnp.arange(frames, dtype=jnp.int32)
     in_time = rope.rotations(positions, 1, 1, self.config.head_dim)
@@ -200,8 +206,9 @@ class WanTransformer(nn.Module):
       k = rope.apply(k, in_space)
       q = rope.apply(rope.apply(q, in_space), in_time)
       k_cache, v_cache = kv_cache.read_keys(layer[0], sink_rotation), layer[1]
-      out = attention.cached(_flat(q), _flat(rope.apply(k, in_time)), _flat(v), _flat(k_cache), _flat(v_cache),
-                             cache.filled, self.config.attention)
+      out = attention.cached(
+          _flat(q), _flat(rope.apply(k, in_time)), _flat(v), _flat(k_cache), _flat(v_cache), cache.filled,
+          self.config.attention)
       return out, kv_cache.ChunkKV(k=k, v=v)
 
     return self._run(latents, timesteps, text_kv, mix, (cache.k, cache.v))
@@ -210,7 +217,8 @@ class WanTransformer(nn.Module):
     """Rows and columns of tokens in a frame."""
     (height, width), (_, ph, pw) = latents.shape[2:4], self.config.patch
     if height % ph or width % pw:
-      raise errors.UserError(f"latents: {height}x{width} is no multiple of the transformer's patch of {ph}x{pw}")
+      raise errors.UserError(
+          f"latents: {height}x{width} is no multiple of the transformer's patch of {ph}x{pw}")
     return height // ph, width // pw
 
   def _run(self, latents: jax.Array, timesteps: jax.Array, text: kv_cache.TextKV, mix: Callable[..., Any],
@@ -230,9 +238,10 @@ class WanTransformer(nn.Module):
     return layers.unpatchify(self.head(x, embedding), c.patch, *latents.shape[2:4]), kept
 
   def _over_layers(self, body: Callable[..., Any], carry: Any, per_layer: Any) -> tuple[Any, Any]:
-    """Scans body(block, carry, layer inputs) -> (carry, outputs) over the layers; parameters are stacked in axis 0."""
-    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers,
-                   metadata_params={nn.PARTITION_NAME: "layers"})
+    """Scans body(block, carry, layer inputs) -> (carry, outputs) over the layers; parameters stack."""
+    scan = nn.scan(
+        body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"})
     return scan(self.blocks, carry, per_layer)
 
 

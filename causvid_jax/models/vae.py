@@ -42,7 +42,7 @@ class VAEConfig:
     return 2 ** (len(self.multipliers) - 1)
 
   def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Shape [F, H, W, C] of the latents of a clip that starts a stream."""
+    """Shape [F, H, W, C] of the latents of a clip of 1 + 4n frames (a remainder is not coded)."""
     return (1 + (frames - 1) // self.time_factor, height // self.space_factor, width // self.space_factor, self.z_dim)
 
   def pixel_frames(self, latent_frames: int) -> int:

@@ -8,14 +8,14 @@ import numpy as np
 
 
 class StreamDecoder:
-  """Compiled once, decodes any number of streams."""
+  """Compiled once, decodes any number of streams; with `independent_chunks` every chunk begins a stream of its own."""
 
-  def __init__(self, vae: Any, params: Any):
+  def __init__(self, vae: Any, params: Any, independent_chunks: bool = False):
     self._params = params
 
     def decode(params, state, latents):
       video, state = vae.apply({"params": params, **state}, latents, method="decode", mutable=["stream"])
-      return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), state
+      return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), {} if independent_chunks else state
 
     self._decode = jax.jit(decode, donate_argnums=1)
 

@@ -37,7 +37,8 @@ def generate(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
   """Writes `config.generate.num_trajectories` trajectory records to `folder`, unless they are there already."""
   options = config.generate
   module, params = weights.load(f"{options.teacher}/transformer")
-  vae = weights.load_config(config.vae)
+  coding = latents_lib.ClipCoding(config.clip.frames, config.clip.height, config.clip.width, config.chunk_frames,
+                                  config.clip.independent_chunks)
   embed = latents_lib.load_embedder(config.text_encoder, config.tokenizer, module.config.text_tokens)
   student = steps.student_timesteps(
       config.student_steps if isinstance(config.student_steps, int) else list(config.student_steps), config.shift)
@@ -50,7 +51,7 @@ def generate(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
   sampler = bidirectional.BidirectionalSampler(denoiser, tuple(map(float, timesteps)), options.solver, options.guidance)
   sigmas = np.asarray(denoiser.schedule.alpha_sigma(student)[1])
   null_text = embed([config.negative_prompt])
-  shape = vae.config.latent_shape(config.clip.frames, config.clip.height, config.clip.width)
+  shape = coding.latent_shape(weights.load_config(config.vae).config)
 
   @jax.jit
   def solve(params, key, text):

@@ -1,5 +1,6 @@
 """What the stages after the VAE share: latents and text instead of pixels and words, and how a sample becomes a clip."""
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -26,23 +27,31 @@ _PREVIEW_PROMPTS = ("a red seven moving left", "a blue two moving up", "a green 
 
 
 class LatentStage(base.Stage):
-  """Trains a transformer on latent records of the built-in world, which it makes if they are not there."""
+  """Trains a transformer on the latent records in `config.latents`; by default on the built-in world's, made on demand."""
 
   def __init__(self, config):
     super().__init__(config)
     self.module = transformer.WanTransformer(transformer.PRESETS[config.model])
     self.embed = latents_lib.load_embedder(config.text_encoder, config.tokenizer, self.module.config.text_tokens)
     self.null_text = self.embed([config.negative_prompt])
+    clip = config.clip
+    self.coding = latents_lib.ClipCoding(
+        clip.frames, clip.height, clip.width, config.chunk_frames, clip.independent_chunks)
+    self.latent_shape = self.coding.latent_shape(weights.load_config(config.vae).config)
 
   @functools.cached_property
   def source(self):
     config = self.config
-    made_by = {"clips": config.clips, "vae": _digest(config.vae), "text_encoder": _digest(config.text_encoder)}
+    if config.latents:
+      return records.RecordSource(config.latents, "latent")
+    made_by = {"clips": config.clips, "coding": dataclasses.asdict(self.coding), "vae": _digest(config.vae),
+               "text_encoder": _digest(config.text_encoder)}
     folder = pathlib.Path(config.data_dir) / f"latents_{config.clips}"
     if not records.finished(folder, made_by):
-      clips = digit_world.build(config.data_dir, config.clips, config.validation_clips).as_data_source("train")
+      world = digit_world.build(config.data_dir, config.clips, config.validation_clips, config.clip.frames)
+      clips = world.as_data_source("train")
       decoded = (digit_world.decode(clips[i]) for i in tqdm.trange(len(clips), desc="encoding clips", unit="clip"))
-      latents_lib.write_latents(folder, decoded, *weights.load(config.vae), self.embed, made_by)
+      latents_lib.write_latents(folder, decoded, *weights.load(config.vae), self.coding, self.embed, made_by)
     return records.RecordSource(folder, "latent")
 
   def transform(self, example, rng):
@@ -75,29 +84,28 @@ class LatentStage(base.Stage):
     weights.save_pipeline(folder, self.module, self.exported(state), {
         "vae": config.vae, "text_encoder": config.text_encoder, "tokenizer": config.tokenizer,
         "negative_prompt": config.negative_prompt, "fps": config.clip.fps, "clip_frames": config.clip.frames,
-        "frame_size": [config.clip.height, config.clip.width], "sampler": self.sampler_settings()})
+        "frame_size": [config.clip.height, config.clip.width], "independent_chunks": config.clip.independent_chunks,
+        "chunk_frames": config.chunk_frames, "sampler": self.sampler_settings()})
 
   def preview(self, state):
-    config = self.config
-    vae, vae_params, decoder, sample = self._preview_tools
-    shape = vae.config.latent_shape(config.clip.frames, config.clip.height, config.clip.width)
-    text = self.embed(list(_PREVIEW_PROMPTS))
-    latents = sample(self.exported(state), text, self.null_text, jax.random.key(0), shape)
-    videos = decoder.clip(latents, config.chunk_frames)
-    return dict(zip(_PREVIEW_PROMPTS, videos))
+    decoder, sample = self._preview_tools
+    latents = sample(self.exported(state), self.embed(list(_PREVIEW_PROMPTS)), self.null_text, jax.random.key(0))
+    return dict(zip(_PREVIEW_PROMPTS, decoder.clip(latents, self.config.chunk_frames)))
 
   @functools.cached_property
   def _preview_tools(self):
-    vae, vae_params = weights.load(self.config.vae)
     settings = self.sampler_settings()
     sampler = build.sampler(self.module, settings)
 
-    def sample(params, text, null_text, key, shape):
-      if settings["kind"] == "teacher":
-        return sampler.sample(params, jax.random.normal(key, (text.shape[0], *shape)), text, null_text)
-      return sampler.sample(params, text, null_text, key, shape[0] // self.config.chunk_frames, shape[1:])
+    frames, *frame_shape = self.latent_shape
 
-    return vae, vae_params, decode.StreamDecoder(vae, vae_params), jax.jit(sample, static_argnames="shape")
+    def sample(params, text, null_text, key):
+      if settings["kind"] == "teacher":
+        return sampler.sample(params, jax.random.normal(key, (text.shape[0], *self.latent_shape)), text, null_text)
+      return sampler.sample(params, text, null_text, key, frames // self.config.chunk_frames, tuple(frame_shape))
+
+    decoder = decode.StreamDecoder(*weights.load(self.config.vae), self.coding.independent_chunks)
+    return decoder, jax.jit(sample)
 
 
 def boxed_like(boxed: Any, params: Any) -> Any:
