@@ -58,7 +58,7 @@ def rotations(frames: jax.Array, height: int, width: int, head_dim: int) -> Rota
 
 
 def apply(x: jax.Array, rotation: Rotation) -> jax.Array:
-  """Turns x [..., T, N, D] by a rotation [..., T, D/2] (leading axes broadcast) in float32; keeps the dtype."""
+  """Turns x [..., T, N, D] by a rotation [..., T, D/2] (leading axes broadcast), in float32."""
   cos, sin = (r[..., None, :] for r in rotation)
   even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

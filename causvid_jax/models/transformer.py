@@ -90,7 +90,8 @@ PRESETS: dict[str, TransformerConfig] = {
         text_dim=8, text_tokens=5),
     # On CPU it is faster to recompute a small model's elementwise work than to store it: a third off a step.
     "digit_world": TransformerConfig(
-        dim=192, ffn_dim=768, num_heads=6, num_layers=6, freq_dim=64, text_dim=64, text_tokens=24, remat="dots"),
+        dim=192, ffn_dim=768, num_heads=6, num_layers=6, freq_dim=64, text_dim=64, text_tokens=24,
+        remat="dots"),
     "wan_1_3b": TransformerConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan_14b": TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }

@@ -12,6 +12,11 @@ class Teacher(latent.LatentStage):
     self.frozen = {"null_text": self.null_text}
     self.chunk_frames = config.chunk_frames if config.causal else None
 
+  def transform(self, example, rng):
+    arrays = super().transform(example, rng)
+    frames = self.config.train_frames or len(arrays["latents"])
+    return arrays | {"latents": arrays["latents"][:frames]}
+
   def init(self, key):
     return state_lib.create(self.initial_params(key), self.optimizer, with_ema=True)
 
