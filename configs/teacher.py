@@ -28,11 +28,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 2e-3
   elif variant == "chunks":
     config.init_from = "runs/teacher_images/export"
-    config.batch_size, config.num_steps = 64, 1300
+    config.batch_size, config.num_steps = 64, 900
     config.optimizer.learning_rate = 1.5e-3
   elif variant == "":
     config.init_from = "runs/teacher_chunks/export"
-    config.batch_size, config.num_steps = 32, 1000
+    config.batch_size, config.num_steps = 32, 800
     config.optimizer.learning_rate = 1e-3
   elif variant == "causal":
     config.init_from = "digit_world/teacher"
