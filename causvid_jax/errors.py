@@ -20,7 +20,12 @@ def run(main: Callable[[], None]) -> None:
       rest = flags.FLAGS(argv)[1:]
       if rest:
         raise UserError(f"unexpected arguments {' '.join(rest)!r}: expected only --flags (see --help)")
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+      for name in flags.FLAGS:
+        getattr(flags.FLAGS[name].value, "stage", None)  # a config file that is missing says so at the first read
+    except AttributeError as error:  # ml_collections', on --config.key=value
+      key = str(error).strip("\"'")
+      fail(UserError(f"unknown config key {key!r}: expected one that the config file sets"))
+    except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
       fail(error)
     return argv[:1]
 
@@ -39,5 +44,8 @@ def run(main: Callable[[], None]) -> None:
 def fail(error: Exception) -> None:
   """Prints the error as one line on stderr and exits with status 2."""
   message = str(error.args[0]) if error.args else type(error).__name__
+  before, trace, rest = message.partition("Traceback (most recent call last):")
+  if trace:  # ml_collections quotes that of a failing config; its last line says what is wrong
+    message = before + rest.strip().splitlines()[-1]
   print("error: " + " ".join(message.split()), file=sys.stderr)
   sys.exit(2)

@@ -55,7 +55,8 @@ def get_latent_config(stage: str, variant: str = "") -> ml_collections.ConfigDic
     if variant == "paper":
       _paper(config)
   elif variant:
-    raise ValueError(f"no variant {variant!r} of the {stage} config: expected demo, paper, wan_1_3b, wan_14b or none")
+    raise ValueError(f"no variant {variant!r} of the {stage} config: expected demo, paper, wan_1_3b, wan_14b, none, or"
+                     f" another that configs/{stage}.py names")
   return config
 
 

@@ -10,7 +10,9 @@ import ml_collections
 from configs import common
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  if variant:
+    raise ValueError(f"configs/text_encoder.py has no variant {variant!r}: expected none")
   config = common.get_config("text_encoder")
   config.model = "digit_world"
   config.tokenizer = "tokenizer"

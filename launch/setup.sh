@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv="${VENV:-.venv}"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
+"$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check -e ".${1:+[$1]}"

@@ -105,7 +105,7 @@ class UpdateTest(absltest.TestCase):
     state, metrics = update(state_lib.create(initial_params(), optimizer), gradient(1.0, 2.0, 3.0, 4.0))
     self.assertGreater(jnp.max(jnp.abs(state.params["w"] - initial_params()["w"])), 0.05)
     before = state
-    for count, bad in ((1, jnp.nan), (2, jnp.inf)):
+    for count, bad in ((1, jnp.nan), (2, jnp.inf), (3, jnp.nan), (4, jnp.nan)):  # past `max_skipped` too
       state, metrics = update(state, gradient(1.0, bad, 3.0, 4.0))
       self.assertEqual(metrics["skipped"], count)
       chex.assert_trees_all_equal(state.params, before.params)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import grain
@@ -10,6 +11,8 @@ import jax
 from orbax import checkpoint as ocp
 
 from causvid_jax import errors
+
+_RUN_FILES = ("export", "checkpoints", "metrics.jsonl", "tensorboard", "samples")
 
 
 class Checkpoints:
@@ -48,6 +51,8 @@ class Checkpoints:
 def claim(workdir: pathlib.Path, config_json: str, restart: bool) -> None:
   """Binds a workdir to one config, so that a run never continues what another one began.
 
+  With `restart`, what a run left there is removed first.
+
   Raises:
     UserError: when the workdir belongs to another config and `restart` is not asked for, or cannot be written.
   """
@@ -57,6 +62,19 @@ def claim(workdir: pathlib.Path, config_json: str, restart: bool) -> None:
     if path.exists() and not restart and json.loads(path.read_text()) != json.loads(config_json):
       raise errors.UserError(f"{workdir} holds a run with another config: expected the config in {path}, a fresh"
                              " --workdir, or --restart to begin again there")
-    path.write_text(config_json + "\n")
+    if restart:
+      for name in _RUN_FILES:
+        _remove(workdir / name)
+    partial = path.with_suffix(".partial")
+    partial.write_text(config_json + "\n")
+    partial.replace(path)
   except OSError as error:
     raise errors.UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Removes a file or a folder, if it is there."""
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)

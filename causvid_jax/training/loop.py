@@ -2,7 +2,6 @@
 
 import pathlib
 import time
-from typing import Any
 
 from absl import logging
 from flax import linen as nn
@@ -29,8 +28,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, restart: boo
   Raises:
     UserError: on a config or a workdir that does not fit, and when updates stay non-finite.
   """
+  stage = stages.create(config)  # a config that does not fit leaves no workdir behind
   checkpoints_lib.claim(workdir, config.to_json_best_effort(sort_keys=True, indent=2), restart)
-  stage = stages.create(config)
   mesh = mesh_lib.create_mesh(config.mesh.fsdp)
   iterator = pipelines.batches(stage.source, config.batch_size, config.seed, stage.transform)
 
@@ -56,12 +55,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, restart: boo
       done = step + 1
       if done % config.log_every == 0 or done == config.num_steps:
         means = _means(collected)
-        _stop_if_diverged(means, config, done)
+        _stop_if_diverged(collected, config, done)
         writer.scalars(done, means | {"steps_per_second": len(collected) / (time.monotonic() - since)})
         collected, since = [], time.monotonic()
       if config.preview_every and done % config.preview_every == 0:
-        for name, video in stage.preview(state).items():
-          writer.video(done, name, video)
+        writer.samples(done, stage.preview(state), config.clip.fps)
       if done % config.checkpoint_every == 0 or done == config.num_steps:
         checkpoints.save(done, state, iterator)
       writer.advance()
@@ -75,7 +73,7 @@ def _means(collected: list[dict[str, jax.Array]]) -> dict[str, float]:
   return {name: float(np.mean([metrics[name] for metrics in collected if name in metrics])) for name in names}
 
 
-def _stop_if_diverged(means: dict[str, Any], config: ml_collections.ConfigDict, step: int) -> None:
-  if means["skipped"] > config.optimizer.max_skipped / 2:
+def _stop_if_diverged(collected: list[dict[str, jax.Array]], config: ml_collections.ConfigDict, step: int) -> None:
+  if max(int(metrics["skipped"]) for metrics in collected) >= config.optimizer.max_skipped:
     raise errors.UserError(f"training diverged by step {step}: updates stay non-finite (lower optimizer.learning_rate);"
                            " the last checkpoint is intact")

@@ -7,12 +7,15 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from causvid_jax.data import video
+
 
 class MetricWriter:
   """Writes scalars to `metrics.jsonl`, TensorBoard event files and a progress bar with ETA; a context manager."""
 
   def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int, name: str):
     self._lines = _open_lines(workdir / "metrics.jsonl", first_step)
+    self._samples = workdir / "samples"
     self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
     self._bar = tqdm.tqdm(total=num_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True)
 
@@ -26,10 +29,12 @@ class MetricWriter:
       self._board.add_scalar(name, value, step)
     self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
 
-  def video(self, step: int, name: str, frames: np.ndarray) -> None:
-    """`frames` uint8 [F, H, W, 3]: its first, middle and last frame side by side."""
-    strip = np.concatenate([frames[i] for i in (0, len(frames) // 2, -1)], axis=1)
-    self._board.add_image(name, strip, step, dataformats="HWC")
+  def samples(self, step: int, videos: dict[str, np.ndarray], fps: float) -> None:
+    """Sample clips uint8 [F, H, W, 3] by caption: an MP4 in `samples/`, and its last frame in TensorBoard."""
+    self._samples.mkdir(exist_ok=True)
+    sheet = video.contact_sheet(list(videos.values()), list(videos), columns=len(videos))
+    video.write_video(self._samples / f"{step:06d}.mp4", sheet, fps)
+    self._board.add_image("samples", sheet[-1], step, dataformats="HWC")
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -47,5 +52,7 @@ def _open_lines(path: pathlib.Path, first_step: int):
     for line in path.read_text().splitlines(keepends=True):
       if line.endswith("\n") and json.loads(line)["step"] <= first_step:
         kept.append(line)
-  path.write_text("".join(kept))
+  partial = path.with_suffix(".partial")
+  partial.write_text("".join(kept))
+  partial.replace(path)
   return path.open("a")

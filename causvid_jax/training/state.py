@@ -7,6 +7,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -22,7 +23,7 @@ class TrainState(struct.PyTreeNode):
 def create_optimizer(config: ml_collections.ConfigDict, num_updates: int) -> optax.GradientTransformation:
   """AdamW with clipping, warm-up and a cosine decay to `final_lr_ratio`; updates that are not finite are skipped.
 
-  More than `max_skipped` skipped updates in a row let the next one through: the loop stops a run before that.
+  None is ever let through; the loop stops a run after `max_skipped` in a row.
   """
   schedule = optax.warmup_cosine_decay_schedule(
       0.0, config.learning_rate, config.warmup, max(num_updates, config.warmup + 1),
@@ -30,7 +31,7 @@ def create_optimizer(config: ml_collections.ConfigDict, num_updates: int) -> opt
   optimizer = optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay))
-  return optax.apply_if_finite(optimizer, config.max_skipped)
+  return optax.apply_if_finite(optimizer, np.iinfo(np.int32).max)
 
 
 def create(params: Any, optimizer: optax.GradientTransformation, with_ema: bool = False) -> TrainState:
