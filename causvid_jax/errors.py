@@ -25,7 +25,7 @@ def run(main: Callable[[], None]) -> None:
     except AttributeError as error:  # ml_collections', on --config.key=value
       key = str(error).strip("\"'")
       fail(UserError(f"unknown config key {key!r}: expected one that the config file sets"))
-    except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
+    except (flags.Error, ImportError, KeyError, TypeError, ValueError, OSError) as error:
       fail(error)
     return argv[:1]
 

@@ -32,8 +32,12 @@ _OUTPUT = flags.DEFINE_string("output", "runs/report", "Folder of the report.")
 
 def main() -> None:
   output = pathlib.Path(_OUTPUT.value)
-  checkpoints = [_named(value) for value in _CHECKPOINTS.value]
-  if unknown := set(_LONG.value) - {name for name, _ in checkpoints}:
+  pipes = {}
+  for name, path in map(_named, _CHECKPOINTS.value):
+    if name in pipes:
+      raise errors.UserError(f"two checkpoints are named {name!r}: expected --checkpoint=name=path with different names")
+    pipes[name] = pipeline.Pipeline.from_checkpoint(path)
+  if unknown := set(_LONG.value) - pipes.keys():
     raise errors.UserError(f"--long={unknown.pop()}: expected the name of one of the checkpoints")
   try:
     output.mkdir(parents=True, exist_ok=True)
@@ -45,8 +49,7 @@ def main() -> None:
   real = [digit_world.clip(seed, "validation") for seed in range(_NUM_PROMPTS.value)]
   rows = {"real clips": metrics.score([clip["video"] for clip in real], [clip["caption"] for clip in real])}
   media = {}
-  for name, path in checkpoints:
-    pipe = pipeline.Pipeline.from_checkpoint(path)
+  for name, pipe in pipes.items():
     videos = make(pipe, prompts, pipe.clip_frames, name)
     rows[name] = metrics.score(videos, prompts)
     shown = min(_SHEET.value, len(videos))

@@ -83,6 +83,9 @@ class Pipeline:
     """`stream` for several prompts at once: chunks [B, F, H, W, 3]."""
     if not self.causal:
       raise errors.UserError("this checkpoint is bidirectional and cannot stream: expected a causal one")
+    return self._stream(prompts, seed)
+
+  def _stream(self, prompts: Sequence[str], seed: int) -> Iterator[np.ndarray]:
     text = self._embed(list(prompts))
     cache, text_kv = self._start(self.params, text, self._null_text, frame_shape=self._frame_shape)
     key = jax.random.key(seed)

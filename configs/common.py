@@ -40,6 +40,7 @@ def get_latent_config(stage: str, variant: str = "") -> ml_collections.ConfigDic
   config.tokenizer = "tokenizer"
   config.negative_prompt = ""
   config.latents = ""
+  config.preview_every = 400
   config.clip = dict(frames=33, height=64, width=64, fps=8, independent_chunks=False)
   config.schedule = "flow_matching"
   config.prediction = "flow"

@@ -11,28 +11,29 @@ train() {  # train NAME CONFIG [FLAGS...]: trains in runs/NAME
   local name="$1" config="$2"; shift 2
   "$python" -m causvid_jax.train --config="$config" --workdir="runs/$name" "$@"
 }
-ship() {  # ship RUN NAME COMMAND: puts the run's weights among the assets
-  "$python" -m causvid_jax.weights.ship --run="runs/$1" --name="$2" --command="$3"
+ship() {  # ship NAME RUN...: puts the last run's weights among the assets
+  local name="$1"; shift
+  "$python" -m causvid_jax.weights.ship --name="$name" "${@/#/--run=runs/}"
 }
 
 "$python" -c "from causvid_jax.data import tokenizer; tokenizer.build_digit_world('$assets/tokenizer/tokenizer.json')"
 "$python" -m causvid_jax.evaluation.train_judge
 
 train text_encoder configs/text_encoder.py
-ship text_encoder digit_world/text_encoder "train --config=configs/text_encoder.py"
+ship digit_world/text_encoder text_encoder
 
 train vae_images configs/vae.py:images
 train vae configs/vae.py --config.init_from=runs/vae_images/export
-ship vae digit_world/vae "train --config=configs/vae.py:images, then configs/vae.py"
+ship digit_world/vae vae_images vae
 
 train teacher_images configs/teacher.py:images
 train teacher_chunks configs/teacher.py:chunks
 train teacher configs/teacher.py
-ship teacher digit_world/teacher "train --config=configs/teacher.py:images, :chunks, then without variant"
+ship digit_world/teacher teacher_images teacher_chunks teacher
 
 "$python" -m causvid_jax.generate_ode --config=configs/ode.py --workdir=runs/trajectories
 train ode configs/ode.py
-ship ode digit_world/ode "generate_ode --config=configs/ode.py, then train --config=configs/ode.py"
+ship digit_world/ode ode
 
 train dmd configs/dmd.py
-ship dmd digit_world "train --config=configs/dmd.py"
+ship digit_world dmd

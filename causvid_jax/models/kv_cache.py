@@ -8,7 +8,7 @@ window keys are stored turned (RoPE) to their absolute frame, sink keys unturned
 the sinks to sit right before the window.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from flax import struct
 import jax
@@ -16,9 +16,6 @@ import jax.numpy as jnp
 
 from causvid_jax import errors
 from causvid_jax.models import rope
-
-if TYPE_CHECKING:
-  from causvid_jax.models import transformer
 
 
 @struct.dataclass
@@ -57,9 +54,9 @@ class KVCache:
     return jnp.minimum(self.frames, self.slots) * self.k.shape[3]
 
 
-def create(config: "transformer.TransformerConfig", batch: int, tokens_per_frame: int, sink_frames: int,
+def create(config: Any, batch: int, tokens_per_frame: int, sink_frames: int,
            window_frames: int, dtype: str | None = None) -> KVCache:
-  """An empty cache for `batch` streams of a transformer, in its compute dtype unless told otherwise."""
+  """An empty cache for `batch` streams of a transformer with this `TransformerConfig`, by default in its compute dtype."""
   slots = sink_frames + window_frames
   shape = (config.num_layers, batch, slots, tokens_per_frame, config.num_heads, config.head_dim)
   k, v = (jnp.zeros(shape, dtype or config.dtype) for _ in range(2))

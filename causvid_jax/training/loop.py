@@ -1,5 +1,6 @@
 """The training loop: the same for every stage, killed and resumed at any step."""
 
+import contextlib
 import pathlib
 import time
 
@@ -46,7 +47,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, restart: boo
     state, first = checkpoints.restore(state, iterator)
     logging.info("continuing %s at step %d", workdir, first)
 
-  with metrics_lib.MetricWriter(workdir, first, config.num_steps, config.stage) as writer:
+  writer = metrics_lib.MetricWriter(workdir, first, config.num_steps, config.stage)
+  with contextlib.closing(checkpoints), writer:  # a run that fails still finishes the save under way
     collected, since = [], time.monotonic()
     for step in range(first, config.num_steps):
       batch = jax.device_put(next(iterator), by_example)
@@ -63,7 +65,6 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, restart: boo
       if done % config.checkpoint_every == 0 or done == config.num_steps:
         checkpoints.save(done, state, iterator)
       writer.advance()
-  checkpoints.close()
   stage.export(state, workdir / "export")
 
 

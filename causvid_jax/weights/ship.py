@@ -1,9 +1,10 @@
 """Puts finished weights among what ships, in half precision, with a provenance file beside them.
 
-`python -m causvid_jax.weights.ship --run=runs/vae --name=digit_world/vae --command="..." [--report=metrics.json]`
+`python -m causvid_jax.weights.ship --run=runs/vae_images --run=runs/vae --name=digit_world/vae`
 """
 
 import json
+import os
 import pathlib
 import platform
 import shutil
@@ -16,42 +17,41 @@ from causvid_jax import errors
 from causvid_jax import weights
 from causvid_jax.weights import store
 
-_RUN = flags.DEFINE_string("run", None, "Workdir of the finished run.", required=True)
+_RUNS = flags.DEFINE_multi_string(
+    "run", None, "Workdirs of the runs that led to the weights, in order; the last one's are shipped.", required=True)
 _NAME = flags.DEFINE_string("name", None, "Name among what ships, such as digit_world/vae.", required=True)
-_COMMAND = flags.DEFINE_string("command", None, "The command that made the run.", required=True)
-_REPORT = flags.DEFINE_string("report", None, "JSON file with measured results to record.")
 
 
 def main() -> None:
-  run, folder = pathlib.Path(_RUN.value), store.ASSETS / _NAME.value
-  source = run / "export"
+  runs, folder = [pathlib.Path(run) for run in _RUNS.value], store.ASSETS / _NAME.value
+  source = runs[-1] / "export"
   folder.mkdir(parents=True, exist_ok=True)
   if (source / "pipeline.json").exists():
     weights.save(folder / "transformer", *weights.load(source / "transformer"), dtype="float16")
     shutil.copy(source / "pipeline.json", folder / "pipeline.json")
   else:
     weights.save(folder, *weights.load(source), dtype="float16")
-  (folder / "provenance.json").write_text(json.dumps(provenance(run), indent=2) + "\n")
+  (folder / "provenance.json").write_text(json.dumps(provenance(runs), indent=2) + "\n")
 
 
-def provenance(run: pathlib.Path) -> dict:
-  """Where the weights of a run come from, from what the run left behind."""
-  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-  config = json.loads((run / "config.json").read_text())
-  git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
-  result = {
-      "command": _COMMAND.value,
-      "commit": git("rev-parse", "HEAD"),
-      "seed": config["seed"],
-      "steps": lines[-1]["step"],
-      "hours": round(sum(_seconds(lines)) / 3600, 3),
-      "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.processor() or platform.machine()})",
+def provenance(runs: list[pathlib.Path]) -> dict:
+  """Where weights come from, by what the runs left behind."""
+  commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+  return {
+      "script": "launch/make_assets.sh",
+      "commit": commit,
+      "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {jax.device_count()} x {jax.devices()[0].device_kind}",
       "versions": {"jax": jax.__version__, "python": platform.python_version()},
-      "training_metrics": {k: round(v, 5) for k, v in lines[-1].items() if k not in ("step", "steps_per_second")},
+      "runs": {run.name: _describe(run) for run in runs},
   }
-  if _REPORT.value:
-    result["measured"] = json.loads(pathlib.Path(_REPORT.value).read_text())
-  return result
+
+
+def _describe(run: pathlib.Path) -> dict:
+  config = json.loads((run / "config.json").read_text())
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  last = {name: round(value, 5) for name, value in lines[-1].items() if name not in ("step", "steps_per_second")}
+  return {"config": f"configs/{config['stage']}.py", "seed": config["seed"], "batch_size": config["batch_size"],
+          "steps": lines[-1]["step"], "hours": round(sum(_seconds(lines)) / 3600, 3), "last_metrics": last}
 
 
 def _seconds(lines: list[dict]) -> list[float]:

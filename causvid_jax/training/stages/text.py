@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 
 from causvid_jax import weights
