@@ -20,18 +20,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 import numpy as np
 import optax
-import tiny
 
 from causvid_jax import errors
 from causvid_jax.parallel import mesh as mesh_lib
 from causvid_jax.training import rng
 from causvid_jax.training import stages
 from causvid_jax.training import state as state_lib
-
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from configs import dmd  # pylint: disable=wrong-import-position
-from configs import teacher  # pylint: disable=wrong-import-position
+import tiny
 
 BATCH = 16
 
@@ -89,9 +84,9 @@ class MeshTest(parameterized.TestCase):
     super().setUpClass()
     folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
     tiny.build(folder)
-    cls.teacher_config = tiny.shrink(teacher.get_config(), folder)
+    cls.teacher_config = tiny.shrink(tiny.config("teacher"), folder)
     cls.teacher_config.init_from = str(folder / "teacher")
-    cls.dmd_config = tiny.shrink(dmd.get_config(), folder)
+    cls.dmd_config = tiny.shrink(tiny.config("dmd"), folder)
     cls.teacher_config.microbatches, cls.dmd_config.microbatches = 2, 1
     with mock.patch.object(state_lib, "create_optimizer", sgd):
       cls.teacher, cls.dmd = (stages.create(config) for config in (cls.teacher_config, cls.dmd_config))

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors_numpy
-import tiny
 
 from causvid_jax import errors
 from causvid_jax import weights
@@ -23,6 +22,7 @@ from causvid_jax.models import text_encoder
 from causvid_jax.models import transformer
 from causvid_jax.models import vae
 from causvid_jax.weights import store
+import tiny
 
 MODULES = {
     "vae": vae.WanVAE(vae.VAEConfig(dim=2, z_dim=2, multipliers=(1, 2), num_res_blocks=1, temporal_downsample=(True,),

@@ -10,7 +10,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny
 
 from causvid_jax import errors
 from causvid_jax import weights
@@ -19,6 +18,7 @@ from causvid_jax.data import latents as latents_lib
 from causvid_jax.models import vae
 from causvid_jax.sampling import decode
 from causvid_jax.weights import store
+import tiny
 
 CONFIG = vae.PRESETS["test"]
 VAE = vae.WanVAE(CONFIG)
@@ -81,7 +81,7 @@ class StreamTest(parameterized.TestCase):
   def test_decoding_in_pieces_equals_the_whole_clip(self, sizes):
     latents = make_latents()
     streamed, _ = run_stream(latents, sizes, "decode")
-    np.testing.assert_allclose(streamed, run(latents, "decode"), atol=1e-5)
+    np.testing.assert_allclose(streamed, run(latents, "decode"), atol=3e-5)
 
   @parameterized.parameters((make_video, "encode", 1, 4), (make_latents, "decode", 1, 1))
   def test_the_state_is_a_scan_carry(self, make, method, first, size):
@@ -95,8 +95,8 @@ class StreamTest(parameterized.TestCase):
     last, parts = jax.jit(lambda state, xs: jax.lax.scan(
         lambda state, piece: run_piece(state, piece, method)[::-1], state, xs))(state, pieces)
     scanned = jnp.concatenate([start, *parts], axis=1)
-    np.testing.assert_allclose(scanned, run(x, method), atol=1e-5)
-    chex.assert_trees_all_close(last, states[-1], atol=1e-5)
+    np.testing.assert_allclose(scanned, run(x, method), atol=3e-5)
+    chex.assert_trees_all_close(last, states[-1], atol=3e-5)
 
   def test_a_piece_needs_its_past(self):
     # Without the state the second piece would be another clip's beginning: what the tests above compare is not blind.

@@ -30,12 +30,15 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, restart: boo
     UserError: on a config or a workdir that does not fit, and when updates stay non-finite.
   """
   stage = stages.create(config)  # a config that does not fit leaves no workdir behind
-  checkpoints_lib.claim(workdir, config.to_json_best_effort(sort_keys=True, indent=2), restart)
   mesh = mesh_lib.create_mesh(config.mesh.fsdp)
-  iterator = pipelines.batches(stage.source, config.batch_size, config.seed, stage.transform)
-
+  if config.batch_size % (mesh.size * config.microbatches):
+    raise errors.UserError(f"batch_size = {config.batch_size}: expected a multiple of {mesh.size} devices x"
+                           f" {config.microbatches} microbatches")
   init_key = rng.stream_key(config.seed, "init")
   shardings = mesh_lib.state_shardings(mesh, stage.init, init_key)
+
+  checkpoints_lib.claim(workdir, config.to_json_best_effort(sort_keys=True, indent=2), restart)
+  iterator = pipelines.batches(stage.source, config.batch_size, config.seed, stage.transform)
   everywhere, by_example = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
   state = jax.jit(lambda key: nn.unbox(stage.init(key)), out_shardings=shardings)(init_key)
   frozen = jax.device_put(stage.frozen, everywhere)

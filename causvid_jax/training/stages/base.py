@@ -9,7 +9,15 @@ import jax
 import ml_collections
 import numpy as np
 
+from causvid_jax import errors
 from causvid_jax.training import state as state_lib
+
+
+def preset(presets: dict[str, Any], name: str) -> Any:
+  """The sizes that `config.model` names."""
+  if name not in presets:
+    raise errors.UserError(f"unknown model {name!r}: expected one of {', '.join(presets)}")
+  return presets[name]
 
 
 class Stage:

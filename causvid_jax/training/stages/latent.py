@@ -31,7 +31,7 @@ class LatentStage(base.Stage):
 
   def __init__(self, config):
     super().__init__(config)
-    self.module = transformer.WanTransformer(transformer.PRESETS[config.model])
+    self.module = transformer.WanTransformer(base.preset(transformer.PRESETS, config.model))
     self.embed = latents_lib.load_embedder(config.text_encoder, config.tokenizer, self.module.config.text_tokens)
     self.null_text = self.embed([config.negative_prompt])
     clip = config.clip

@@ -19,7 +19,7 @@ class Text(base.Stage):
 
   def __init__(self, config):
     super().__init__(config)
-    self.module = text_encoder.UMT5Encoder(text_encoder.PRESETS[config.model])
+    self.module = text_encoder.UMT5Encoder(base.preset(text_encoder.PRESETS, config.model))
     self.head = text_encoder.ContextHead(self.module.config.vocab_size, objective.OFFSETS)
     self.tokenizer = tokenizer_lib.Tokenizer.from_file(store.resolve(config.tokenizer) / "tokenizer.json")
 

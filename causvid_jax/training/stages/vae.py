@@ -24,7 +24,7 @@ class VAE(base.Stage):
 
   def __init__(self, config):
     super().__init__(config)
-    self.module = vae_lib.WanVAE(vae_lib.PRESETS[config.model])
+    self.module = vae_lib.WanVAE(base.preset(vae_lib.PRESETS, config.model))
 
   @functools.cached_property
   def source(self):
