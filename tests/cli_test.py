@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from unittest import mock
+import warnings
 
 from absl import flags
 from absl import logging
@@ -28,7 +29,8 @@ def call(module, *args):
   """Runs `python -m causvid_jax.<module> <args>` in this process: (exit status, stdout, stderr)."""
   before, verbosity, code = set(flags.FLAGS), logging.get_verbosity(), 0
   out, err = io.StringIO(), io.StringIO()
-  with mock.patch.object(sys, "argv", [module, *args]), contextlib.chdir(tiny.ROOT):
+  with mock.patch.object(sys, "argv", [module, *args]), contextlib.chdir(tiny.ROOT), warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # as outside unittest
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
       try:
         runpy.run_module(f"causvid_jax.{module}", run_name="__main__")
