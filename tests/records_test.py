@@ -115,7 +115,7 @@ class RecordsTest(absltest.TestCase):
       with self.assertRaises(errors.UserError) as caught:
         records.require_sigmas(source, np.array(other, np.float32))
       self.assertIn("[1.0, 0.75, 0.0]", str(caught.exception))
-      self.assertIn(str(np.round(np.float32(other), 4).tolist()), str(caught.exception))
+      self.assertIn(str(other), str(caught.exception))
 
 
 def make_batches(seed=0, size=10, batch_size=4):

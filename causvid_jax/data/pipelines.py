@@ -6,6 +6,8 @@ from typing import Any
 import grain
 import numpy as np
 
+_EPOCHS = 1 << 32  # Endless; grain's own endless repeat is too long for its batches of one example.
+
 
 def batches(source: Sequence[Any], batch_size: int, seed: int,
             transform: Callable[[Any, np.random.Generator], dict[str, np.ndarray]]) -> grain.DatasetIterator:
@@ -17,5 +19,6 @@ def batches(source: Sequence[Any], batch_size: int, seed: int,
     seed: of the shuffling (anew each epoch) and of `transform`'s generator (a new one for every example).
     transform: example, generator -> dict of arrays.
   """
-  dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform).batch(batch_size)
+  shuffled = grain.MapDataset.source(source).seed(seed).shuffle()
+  dataset = shuffled.repeat(_EPOCHS).random_map(transform).batch(batch_size)
   return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

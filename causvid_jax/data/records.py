@@ -95,5 +95,5 @@ def require_sigmas(source: RecordSource, sigmas: np.ndarray) -> None:
   """Refuses trajectory records whose noise levels are not `sigmas` [S] (the student's steps, ending in 0)."""
   stored = source[0]["sigmas"]
   if stored.shape != sigmas.shape or not np.allclose(stored, sigmas, atol=1e-5):
-    raise errors.UserError(f"the trajectories stand at sigmas {np.round(stored, 4).tolist()}, the config's student steps"
-                           f" at {np.round(sigmas, 4).tolist()}: generate them again, or use the config they were made with")
+    found, expected = (np.round(np.asarray(s, np.float64), 4).tolist() for s in (stored, sigmas))
+    raise errors.UserError(f"the trajectories stand at sigmas {found}, the config's student steps at {expected}: generate them again, or use the config they were made with")
