@@ -121,7 +121,7 @@ class CommandLineTest(parameterized.TestCase):
       ("sample", ["prompt", "output", "checkpoint", "num_frames", "seed"]),
       ("train", ["config", "workdir", "restart"]))
   def test_help_lists_the_flags(self, module, names):
-    _, out, err = call(module, "--help")
+    _, out, err = spawn(module, "--help")  # pytest, as the main module, would show its own
     self.assertNotIn("Traceback", err)
     for name in names:
       self.assertRegex(out, rf"--(\[no\])?{name}:", name)

@@ -1,5 +1,6 @@
 """The training loop: killed and resumed bit for bit, deterministic, bound to one config, safe from non-finite updates."""
 
+import functools
 import json
 import os
 import pathlib
@@ -57,12 +58,7 @@ class LoopTest(absltest.TestCase):
     super().setUpClass()
     cls.folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
     tiny.build(cls.folder)
-    # The programs of the runs below are the same: they are compiled once and kept for all of them.
-    cache = {"jax_compilation_cache_dir": str(cls.folder / "cache"), "jax_persistent_cache_min_compile_time_secs": 0}
-    cls.environment = os.environ | {name.upper(): str(value) for name, value in cache.items()}
-    for name, value in cache.items():
-      cls.addClassCleanup(jax.config.update, name, getattr(jax.config, name))
-      jax.config.update(name, value)
+    cls.environment = os.environ | tiny.compile_fast(cls, cls.folder)
     cls.dmd = cls.folder / "dmd"
     loop.train(cls.dmd_config(), cls.dmd)
 
@@ -74,8 +70,9 @@ class LoopTest(absltest.TestCase):
 
   @classmethod
   def ode_config(cls, **changes):
-    """A cheap stage; its trajectories are random, and of four clips one is `nan` if asked."""
+    """A cheap stage, a clip at a time."""
     config = tiny.shrink(tiny.config("ode"), cls.folder)
+    config.batch_size = config.microbatches = 1
     config.update(changes)
     return config
 
@@ -146,25 +143,36 @@ class LoopTest(absltest.TestCase):
     self.assertEqual(log(self.dmd), lines)
 
   def test_the_generator_moves_every_fifth_step(self):
-    for microbatches in (2, 1):  # two is the config's, and compiled already
-      config = self.dmd_config()
-      config.microbatches = microbatches
-      stage = stages.create(config)
-      step = jax.jit(stage.step, static_argnames="phase")
-      state = initial(stage)
-      batch = jax.device_put(next(pipelines.batches(stage.source, 4, 0, stage.transform)))
-      moved, fake_moved = [], []
-      for i in range(12):
-        new, metrics = step(state, stage.frozen, batch, jax.random.key(i), phase=stage.phase(i))
-        moved.append(_differs(new.generator.params, state.generator.params))
-        fake_moved.append(_differs(new.fake.params, state.fake.params))
-        self.assertEqual("dmd_loss" in metrics, i % 5 == 0)
-        state = new
-      # The first update has a learning rate of 0 (warm-up).
-      self.assertEqual(np.flatnonzero(moved).tolist(), [5, 10])
-      self.assertEqual(np.flatnonzero(fake_moved).tolist(), list(range(1, 12)))
-      self.assertEqual(self.counts(state.generator), [3])
-      self.assertEqual(self.counts(state.fake), [12])
+    stage, step, batch = self.stepping()
+    state, moved, fake_moved = initial(stage), [], []
+    for i in range(12):
+      new, metrics = step(state, stage.frozen, batch, jax.random.key(i), phase=stage.phase(i))
+      moved.append(_differs(new.generator.params, state.generator.params))
+      fake_moved.append(_differs(new.fake.params, state.fake.params))
+      self.assertEqual("dmd_loss" in metrics, i % 5 == 0)
+      state = new
+    # The first update has a learning rate of 0 (warm-up).
+    self.assertEqual(np.flatnonzero(moved).tolist(), [5, 10])
+    self.assertEqual(np.flatnonzero(fake_moved).tolist(), list(range(1, 12)))
+    self.assertEqual(self.counts(state.generator), [3])
+    self.assertEqual(self.counts(state.fake), [12])
+
+  def test_microbatches_leave_that_ratio(self):
+    self.assertEqual(self.dmd_config().microbatches, 2)
+    state, *_ = self.last_checkpoint(self.dmd_config(), self.dmd)
+    self.assertEqual(self.counts(state.generator), [6])  # steps 0, 5, ..., 25
+    self.assertEqual(self.counts(state.fake), [STEPS])
+    self.assertEqual([line["step"] for line in log(self.dmd) if "dmd_loss" in line], [2, 6, 12, 16, 22, 26])
+
+  @classmethod
+  @functools.cache
+  def stepping(cls):
+    """DMD without the loop: a stage, its compiled step and a batch."""
+    config = cls.dmd_config()
+    config.microbatches = 1
+    stage = stages.create(config)
+    batch = next(pipelines.batches(stage.source, 4, 0, stage.transform))
+    return stage, jax.jit(stage.step, static_argnames="phase"), batch
 
   def counts(self, state):
     """How many updates the optimiser has made."""
@@ -173,10 +181,8 @@ class LoopTest(absltest.TestCase):
     return sorted(found)
 
   def test_a_batch_with_nan_changes_nothing(self):
-    stage = stages.create(self.dmd_config())
-    step = jax.jit(stage.step, static_argnames="phase")
+    stage, step, batch = self.stepping()
     state = initial(stage)
-    batch = next(pipelines.batches(stage.source, 4, 0, stage.transform))
     for i in (0, 5, 1):  # past the warm-up's first update, so that a good batch does move the parameters
       state, _ = step(state, stage.frozen, batch, jax.random.key(i), phase=stage.phase(i))
     bad = batch | {"latents": batch["latents"].copy()}
@@ -191,14 +197,13 @@ class LoopTest(absltest.TestCase):
 
   def test_stops_when_updates_stay_non_finite(self):
     # Three in four batches of one clip are NaN: skipped, but never many in a row. Then all are.
-    mostly = self.ode_config(trajectories=self.trajectories("mostly", [0, np.nan, np.nan, np.nan]), microbatches=1,
-                             batch_size=1, num_steps=12, checkpoint_every=12)
+    mostly = self.ode_config(trajectories=self.trajectories("mostly", [0, np.nan, np.nan, np.nan]),
+                             num_steps=12, checkpoint_every=12)
     loop.train(mostly, self.folder / "mostly_nan")
     self.assertTrue(all(np.isfinite(x).all() for x in exported(self.folder / "mostly_nan").values()))
     self.assertGreater(max(line["skipped"] for line in log(self.folder / "mostly_nan")), 0)
 
-    always = self.ode_config(trajectories=self.trajectories("always", [np.nan] * 4), microbatches=1, batch_size=1,
-                             num_steps=100)
+    always = self.ode_config(trajectories=self.trajectories("always", [np.nan] * 4), num_steps=100)
     always.optimizer.max_skipped = 5
     workdir = self.folder / "always_nan"
     with self.assertRaisesRegex(errors.UserError, "training diverged by step 6"):

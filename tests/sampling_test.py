@@ -207,6 +207,7 @@ class PipelineTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+    tiny.compile_fast(cls, folder)
     tiny.build(folder)
     cls.student = pipeline.Pipeline.from_checkpoint(folder / "student")
     cls.teacher = pipeline.Pipeline.from_checkpoint(folder / "teacher")

@@ -97,11 +97,7 @@ class RunsTest(parameterized.TestCase):
     super().setUpClass()
     folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
     cls.world = World(folder)
-    # Rows share programs: each is compiled once.
-    for name, value in (("jax_compilation_cache_dir", str(folder / "cache")),
-                        ("jax_persistent_cache_min_compile_time_secs", 0)):
-      cls.addClassCleanup(jax.config.update, name, getattr(jax.config, name))
-      jax.config.update(name, value)
+    tiny.compile_fast(cls, folder)  # rows share programs
 
   def check_run(self, name, kind):
     """Losses are finite, every parameter has moved, and the export samples; returns its pipeline."""

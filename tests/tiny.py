@@ -4,8 +4,10 @@ import importlib
 import pathlib
 import sys
 
+from absl.testing import absltest
 from flax import linen as nn
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -28,10 +30,35 @@ CAUSAL_TEACHER = {"kind": "causal_teacher", **_NOISE, **_ODE, **_CACHE}
 
 
 def randomized(module: nn.Module, seed: int):
-  """Parameters with no zero layers, so that every input reaches the output."""
-  params = jax.jit(lambda key: nn.unbox(store.init(module, key)))(jax.random.key(seed))
+  """Parameters with no zero layers, so that every input reaches the output; drawn without compiling anything."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.05 * rng.normal(size=x.shape), jnp.float32), params)
+
+  def draw(path, leaf):
+    name, shape = path[-1].key, leaf.shape
+    noise = rng.normal(size=shape)
+    if name == "kernel":
+      noise /= np.sqrt(np.prod(shape[:-1]) if len(shape) == 5 else shape[-2])
+    elif name != "embedding":
+      noise = (name == "scale") + 0.1 * noise
+    return jnp.asarray(noise, jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(
+      draw, nn.unbox(jax.eval_shape(lambda: store.init(module, jax.random.key(0)))))
+
+
+def compile_fast(test: type[absltest.TestCase], folder: pathlib.Path) -> dict[str, str]:
+  """While the tests of a class run, compiles quickly rather than well, and every program once.
+
+  Returns the environment in which other processes do the same.
+  """
+  settings = {"jax_disable_most_optimizations": True, "jax_compilation_cache_dir": str(folder / "cache"),
+              "jax_persistent_cache_min_compile_time_secs": 0}
+  test.addClassCleanup(compilation_cache.reset_cache)  # it looks for its folder only once
+  for name, value in settings.items():
+    test.addClassCleanup(jax.config.update, name, jax.config.values[name])
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  return {name.upper(): str(value) for name, value in settings.items()}
 
 
 def build(folder: pathlib.Path) -> None:

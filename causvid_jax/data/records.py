@@ -96,4 +96,5 @@ def require_sigmas(source: RecordSource, sigmas: np.ndarray) -> None:
   stored = source[0]["sigmas"]
   if stored.shape != sigmas.shape or not np.allclose(stored, sigmas, atol=1e-5):
     found, expected = (np.round(np.asarray(s, np.float64), 4).tolist() for s in (stored, sigmas))
-    raise errors.UserError(f"the trajectories stand at sigmas {found}, the config's student steps at {expected}: generate them again, or use the config they were made with")
+    raise errors.UserError(f"the trajectories stand at sigmas {found}, the config's student steps at {expected}:"
+                           " generate them again, or use the config they were made with")
