@@ -80,6 +80,7 @@ class CausalSamplerTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
+    tiny.compile_fast(cls, pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory())))
     cls.params, cls.text = tiny.randomized(MODULE, 0), texts(1)
     cls.cache, cls.text_kv = START(cls.params, cls.text, cls.text[:1], frame_shape=FRAME)
     cls.latents = SCAN(cls.params, cls.text, cls.text[:1], KEY, num_chunks=CHUNKS, frame_shape=FRAME)

@@ -42,6 +42,8 @@ class World:
     config.update(changes)
     # What moves is then seen after a few steps.
     config.ema_decay, config.optimizer.warmup = 0.0, 0
+    if stage == "dmd":
+      config.fake_updates = 1  # the generator in every step, which is one program less to compile
     return config
 
   def export(self, name):
@@ -77,7 +79,7 @@ class World:
     return self.config("dmd", init_from=self.export("ode"), teacher=self.export("bidirectional_teacher"))
 
   def _paper_teacher(self):
-    return self.config("teacher", "paper")
+    return self.config("teacher", "paper", init_from=str(self.folder / "teacher"))
 
   def _paper_ode(self):
     teacher = self.export("paper_teacher")

@@ -89,6 +89,9 @@ def shrink(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collec
   config.batch_size, config.num_steps = 4, 4
   config.log_every, config.checkpoint_every = 2, 2
   config.mesh.fsdp = 1
+  # The rates of full size would not move every float32 in a few steps.
+  config.ema_decay = 0.5
+  config.optimizer.learning_rate = max(config.optimizer.learning_rate, 1e-4)
   for name in ("vae", "text_encoder", "teacher", "init_from"):
     if name in config and (name != "init_from" or config.init_from):
       config[name] = str(folder / ("teacher" if name == "init_from" else name))
