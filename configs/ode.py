@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.generate = dict(  # how `generate_ode` makes the trajectories
       teacher="digit_world/teacher", num_trajectories=256, batch_size=16, num_steps=50, solver="euler", guidance=3.0)
   if variant in ("", "demo"):
-    config.batch_size, config.num_steps = 16, 250
+    config.batch_size, config.num_steps = 16, 300
     config.microbatches = 2
     config.ema_decay = 0.98
     config.optimizer.learning_rate = 5e-4
