@@ -19,7 +19,7 @@ from causvid_jax.evaluation import classifier
 from causvid_jax.evaluation import judge
 from causvid_jax.evaluation import metrics
 from causvid_jax.evaluation import report
-from causvid_jax.evaluation import train_judge
+from causvid_jax.evaluation import classifier_training
 
 
 @functools.cache
@@ -71,16 +71,16 @@ class ClassifierTest(absltest.TestCase):
     self.assertEqual(classifier.features(images[:0]).shape, (0, classifier.FEATURES))
 
   def test_training_learns_and_repeats(self):
-    first = train_judge.train(seed=1, steps=25, batch=64)
-    again = train_judge.train(seed=1, steps=25, batch=64)
+    first = classifier_training.train(seed=1, steps=25, batch=64)
+    again = classifier_training.train(seed=1, steps=25, batch=64)
     chex.assert_trees_all_equal(first, again)
-    self.assertGreater(train_judge.accuracy(first, distort=False), 0.5)
+    self.assertGreater(classifier_training.accuracy(first, distort=False), 0.5)
 
   def test_what_ships_is_small_and_has_its_provenance(self):
     provenance = json.loads((classifier.ASSET / "provenance.json").read_text())
     self.assertContainsSubset({"command", "commit", "seed", "hardware", "seconds", "metrics"}, provenance)
     self.assertLess(sum(path.stat().st_size for path in classifier.ASSET.iterdir()), 500_000)
-    self.assertAlmostEqual(train_judge.accuracy(classifier.load(), distort=False),
+    self.assertAlmostEqual(classifier_training.accuracy(classifier.load(), distort=False),
                            provenance["metrics"]["validation_accuracy"], delta=0.005)
 
 

@@ -1,6 +1,6 @@
 """The judge's eye: a small convolutional network that names a digit and gives features to compare.
 
-It is trained by `train_judge` on the training glyphs alone, real digits and nothing generated, with the
+It is trained by `classifier_training` on the training glyphs alone, real digits and nothing generated, with the
 distortions that a crop from a decoded video may have: shifted, turned, scaled, blurred, dimmed, noisy.
 """
 

@@ -1,5 +1,6 @@
 """What a stage is to the training loop."""
 
+import abc
 from collections.abc import Sequence
 import functools
 import pathlib
@@ -20,7 +21,7 @@ def preset(presets: dict[str, Any], name: str) -> Any:
   return presets[name]
 
 
-class Stage:
+class Stage(abc.ABC):
   """One stage of the method. Subclasses fill in the parts; `config` is the run's config.
 
   Attributes:
@@ -31,32 +32,32 @@ class Stage:
   def __init__(self, config: ml_collections.ConfigDict):
     self.config = config
 
-  @functools.cached_property
+  @property
+  @abc.abstractmethod
   def source(self) -> Sequence[Any]:
     """Random access to the training examples."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def transform(self, example: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One example as the arrays of a batch."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def init(self, key: jax.Array) -> Any:
     """The state before the first step; its leaves may be boxed with logical axis names."""
-    raise NotImplementedError
 
   def phase(self, step: int) -> str:
     """Names the program of a step, for stages that alternate; static to `step`."""
     del step
     return "train"
 
+  @abc.abstractmethod
   def step(self, state: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array,
            phase: str) -> tuple[Any, dict[str, jax.Array]]:
     """One training step, pure: the new state and scalar metrics; `skipped` counts non-finite updates in a row."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def export(self, state: Any, folder: pathlib.Path) -> None:
     """Writes what the stage leaves to later ones."""
-    raise NotImplementedError
 
   def preview(self, state: Any) -> dict[str, np.ndarray]:
     """Sample clips for the eye, by caption: uint8 [F, H, W, 3]."""

@@ -1,5 +1,6 @@
 """What the stages after the VAE share: latents and text instead of pixels and words, and how a sample becomes a clip."""
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -71,9 +72,9 @@ class LatentStage(base.Stage):
     _, params = weights.load(f"{self.config.init_from}/transformer")
     return boxed_like(fresh, params)
 
+  @abc.abstractmethod
   def sampler_settings(self) -> dict[str, Any]:
     """How the trained network samples, for its pipeline.json."""
-    raise NotImplementedError
 
   def exported(self, state: Any) -> Any:
     """The parameters that the stage leaves."""
