@@ -39,7 +39,7 @@ def log(workdir):
 
 
 def initial(stage):
-  return jax.jit(lambda key: nn.unbox(stage.init(key)))(rng.stream_key(0, "init"))
+  return jax.jit(lambda *args: nn.unbox(stage.init(*args)))(rng.stream_key(0, "init"), stage.pretrained())
 
 
 def flags_of(config, default, prefix="config"):

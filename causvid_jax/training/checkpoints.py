@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the whole state, the data iterator and the config, by Orbax."""
+"""Checkpoints of a run: the whole state and the data iterator, by Orbax; the config and the environment beside them."""
 
 import json
 import os
@@ -11,8 +11,9 @@ import jax
 from orbax import checkpoint as ocp
 
 from causvid_jax import errors
+from causvid_jax.weights import provenance
 
-_RUN_FILES = ("export", "checkpoints", "metrics.jsonl", "tensorboard", "samples")
+_RUN_FILES = ("environment.json", "export", "checkpoints", "metrics.jsonl", "tensorboard", "samples")
 
 
 class Checkpoints:
@@ -65,11 +66,18 @@ def claim(workdir: pathlib.Path, config_json: str, restart: bool) -> None:
     if restart:
       for name in _RUN_FILES:
         _remove(workdir / name)
-    partial = path.with_suffix(".partial")
-    partial.write_text(config_json + "\n")
-    partial.replace(path)
+    _write(path, config_json)
+    if not (workdir / "environment.json").exists():  # a run that goes on keeps that of its beginning
+      _write(workdir / "environment.json", json.dumps(provenance.environment(), indent=2))
   except OSError as error:
     raise errors.UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Writes a file that is whole or absent."""
+  partial = path.with_suffix(".partial")
+  partial.write_text(text + "\n")
+  partial.replace(path)
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -35,12 +35,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, restart: boo
     raise errors.UserError(f"batch_size = {config.batch_size}: expected a multiple of {mesh.size} devices x"
                            f" {config.microbatches} microbatches")
   init_key = rng.stream_key(config.seed, "init")
-  shardings = mesh_lib.state_shardings(mesh, stage.init, init_key)
+  pretrained = stage.pretrained()
+  shardings = mesh_lib.state_shardings(mesh, stage.init, init_key, pretrained)
 
   checkpoints_lib.claim(workdir, config.to_json_best_effort(sort_keys=True, indent=2), restart)
   iterator = pipelines.batches(stage.source, config.batch_size, config.seed, stage.transform)
   everywhere, by_example = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
-  state = jax.jit(lambda key: nn.unbox(stage.init(key)), out_shardings=shardings)(init_key)
+  state = jax.jit(lambda *args: nn.unbox(stage.init(*args)), out_shardings=shardings)(init_key, pretrained)
+  del pretrained
   frozen = jax.device_put(stage.frozen, everywhere)
   step_fn = jax.jit(stage.step, static_argnames="phase", donate_argnums=0, out_shardings=(shardings, everywhere))
 

@@ -4,14 +4,10 @@
 """
 
 import json
-import os
 import pathlib
-import platform
 import shutil
-import subprocess
 
 from absl import flags
-import jax
 
 from causvid_jax import errors
 from causvid_jax import weights
@@ -31,27 +27,18 @@ def main() -> None:
     shutil.copy(source / "pipeline.json", folder / "pipeline.json")
   else:
     weights.save(folder, *weights.load(source), dtype="float16")
-  (folder / "provenance.json").write_text(json.dumps(provenance(runs), indent=2) + "\n")
+  provenance = {"script": "launch/make_assets.sh", "runs": {run.name: describe(run) for run in runs}}
+  (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
 
 
-def provenance(runs: list[pathlib.Path]) -> dict:
-  """Where weights come from, by what the runs left behind."""
-  commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-  return {
-      "script": "launch/make_assets.sh",
-      "commit": commit,
-      "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {jax.device_count()} x {jax.devices()[0].device_kind}",
-      "versions": {"jax": jax.__version__, "python": platform.python_version()},
-      "runs": {run.name: _describe(run) for run in runs},
-  }
-
-
-def _describe(run: pathlib.Path) -> dict:
+def describe(run: pathlib.Path) -> dict:
+  """What a run left behind of how it was made."""
   config = json.loads((run / "config.json").read_text())
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   last = {name: round(value, 5) for name, value in lines[-1].items() if name not in ("step", "steps_per_second")}
   return {"config": f"configs/{config['stage']}.py", "seed": config["seed"], "batch_size": config["batch_size"],
-          "steps": lines[-1]["step"], "hours": round(sum(_seconds(lines)) / 3600, 3), "last_metrics": last}
+          "steps": lines[-1]["step"], "hours": round(sum(_seconds(lines)) / 3600, 3), "last_metrics": last,
+          **json.loads((run / "environment.json").read_text())}
 
 
 def _seconds(lines: list[dict]) -> list[float]:

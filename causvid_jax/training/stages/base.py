@@ -6,12 +6,14 @@ import functools
 import pathlib
 from typing import Any
 
+from flax import linen as nn
 import jax
 import ml_collections
 import numpy as np
 
 from causvid_jax import errors
 from causvid_jax.training import state as state_lib
+from causvid_jax.weights import store
 
 
 def preset(presets: dict[str, Any], name: str) -> Any:
@@ -19,6 +21,15 @@ def preset(presets: dict[str, Any], name: str) -> Any:
   if name not in presets:
     raise errors.UserError(f"unknown model {name!r}: expected one of {', '.join(presets)}")
   return presets[name]
+
+
+def initial_params(module: nn.Module, key: jax.Array, pretrained: Any = None) -> Any:
+  """Fresh parameters, or `pretrained` ones, boxed with their logical axis names."""
+  fresh = store.init(module, key)
+  if pretrained is None:
+    return fresh
+  return jax.tree.map(lambda box, value: box.replace_boxed(value), fresh, pretrained,
+                      is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
 class Stage(abc.ABC):
@@ -41,9 +52,13 @@ class Stage(abc.ABC):
   def transform(self, example: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One example as the arrays of a batch."""
 
+  def pretrained(self) -> Any:
+    """Finished weights that `init` starts from, read anew by each call."""
+    return None
+
   @abc.abstractmethod
-  def init(self, key: jax.Array) -> Any:
-    """The state before the first step; its leaves may be boxed with logical axis names."""
+  def init(self, key: jax.Array, pretrained: Any) -> Any:
+    """The state before the first step, pure; its leaves may be boxed with logical axis names."""
 
   def phase(self, step: int) -> str:
     """Names the program of a step, for stages that alternate; static to `step`."""

@@ -5,9 +5,8 @@ from flax import struct
 from causvid_jax import weights
 from causvid_jax.objectives import dmd as objective
 from causvid_jax.training import state as state_lib
-from causvid_jax.training.stages import latent
+from causvid_jax.training.stages import base
 from causvid_jax.training.stages import student
-from causvid_jax.weights import store
 
 
 class DMDState(struct.PyTreeNode):
@@ -32,10 +31,14 @@ class DMD(student.StudentStage):
     self.fake_optimizer = state_lib.create_optimizer(config.fake_optimizer, config.num_steps)
     self.generator_optimizer = state_lib.create_optimizer(config.optimizer, config.num_steps // config.fake_updates)
 
-  def init(self, key):
-    generator = state_lib.create(self.initial_params(key), self.generator_optimizer, with_ema=True)
+  def pretrained(self):
+    return {"generator": super().pretrained(), "teacher": self.frozen["teacher"]}
+
+  def init(self, key, pretrained):
+    generator = state_lib.create(
+        base.initial_params(self.module, key, pretrained["generator"]), self.generator_optimizer, with_ema=True)
     # The fake score starts as the teacher: it then already is a score, and of about the right distribution.
-    fake = latent.boxed_like(store.init(self.teacher_module, key), self.frozen["teacher"])
+    fake = base.initial_params(self.teacher_module, key, pretrained["teacher"])
     return DMDState(generator, state_lib.create(fake, self.fake_optimizer))
 
   def phase(self, step):

@@ -7,7 +7,6 @@ import hashlib
 import pathlib
 from typing import Any
 
-from flax import linen as nn
 import jax
 import numpy as np
 import tqdm
@@ -64,13 +63,9 @@ class LatentStage(base.Stage):
     return denoiser_lib.Denoiser(
         module or self.module, schedules.get_schedule(self.config.schedule), self.config.prediction)
 
-  def initial_params(self, key: jax.Array) -> Any:
-    """The transformer of the pipeline `config.init_from`, or a fresh one; boxed with its logical names."""
-    fresh = store.init(self.module, key)
-    if not self.config.init_from:
-      return fresh
-    _, params = weights.load(f"{self.config.init_from}/transformer")
-    return boxed_like(fresh, params)
+  def pretrained(self):
+    """The transformer of the pipeline `config.init_from`."""
+    return weights.load(f"{self.config.init_from}/transformer")[1] if self.config.init_from else None
 
   @abc.abstractmethod
   def sampler_settings(self) -> dict[str, Any]:
@@ -107,12 +102,6 @@ class LatentStage(base.Stage):
 
     decoder = decode.StreamDecoder(*weights.load(self.config.vae), self.coding.independent_chunks)
     return decoder, jax.jit(sample)
-
-
-def boxed_like(boxed: Any, params: Any) -> Any:
-  """`params` in the boxes of a tree of the same structure, so that they keep their logical axis names."""
-  return jax.tree.map(lambda box, value: box.replace_boxed(value), boxed, params,
-                      is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
 def _digest(component: str) -> str:

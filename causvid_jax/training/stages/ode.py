@@ -7,6 +7,7 @@ import numpy as np
 from causvid_jax.data import records
 from causvid_jax.objectives import ode as objective
 from causvid_jax.training import state as state_lib
+from causvid_jax.training.stages import base
 from causvid_jax.training.stages import student
 
 
@@ -18,8 +19,8 @@ class ODE(student.StudentStage):
     records.require_sigmas(source, np.asarray(self.denoiser().schedule.alpha_sigma(self.timesteps)[1]))
     return source
 
-  def init(self, key):
-    return state_lib.create(self.initial_params(key), self.optimizer, with_ema=True)
+  def init(self, key, pretrained):
+    return state_lib.create(base.initial_params(self.module, key, pretrained), self.optimizer, with_ema=True)
 
   def step(self, state, frozen, batch, key, phase):
     def loss(params, batch, key):

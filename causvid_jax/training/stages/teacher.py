@@ -2,6 +2,7 @@
 
 from causvid_jax.objectives import flow_matching
 from causvid_jax.training import state as state_lib
+from causvid_jax.training.stages import base
 from causvid_jax.training.stages import latent
 
 
@@ -17,8 +18,8 @@ class Teacher(latent.LatentStage):
     frames = self.config.train_frames or len(arrays["latents"])
     return arrays | {"latents": arrays["latents"][:frames]}
 
-  def init(self, key):
-    return state_lib.create(self.initial_params(key), self.optimizer, with_ema=True)
+  def init(self, key, pretrained):
+    return state_lib.create(base.initial_params(self.module, key, pretrained), self.optimizer, with_ema=True)
 
   def step(self, state, frozen, batch, key, phase):
     def loss(params, batch, key):

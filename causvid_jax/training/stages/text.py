@@ -32,9 +32,9 @@ class Text(base.Stage):
     ids, mask = self.tokenizer([captions.describe(captions.sample_things(rng))], self.config.text_tokens)
     return {"ids": ids[0], "mask": mask[0]}
 
-  def init(self, key):
+  def init(self, key, pretrained):
     params = {
-        "encoder": store.init(self.module, key),
+        "encoder": base.initial_params(self.module, key),
         "head": self.head.init(key, np.zeros((1, 1, self.module.config.dim), np.float32))["params"],
     }
     return state_lib.create(params, self.optimizer)

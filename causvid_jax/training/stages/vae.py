@@ -14,7 +14,6 @@ from causvid_jax.models import vae as vae_lib
 from causvid_jax.objectives import vae as objective
 from causvid_jax.training import state as state_lib
 from causvid_jax.training.stages import base
-from causvid_jax.weights import store
 
 _STATISTICS_CLIPS = 128
 
@@ -39,12 +38,11 @@ class VAE(base.Stage):
     crops = [video[first:first + frames, y:y + crop, x:x + crop] for y, x in corners]
     return {"video": latents_lib.to_unit(max(crops, key=np.sum))}
 
-  def init(self, key):
-    if self.config.init_from:
-      _, params = weights.load(self.config.init_from)
-    else:
-      params = store.init(self.module, key)
-    return state_lib.create(params, self.optimizer, with_ema=True)
+  def pretrained(self):
+    return weights.load(self.config.init_from)[1] if self.config.init_from else None
+
+  def init(self, key, pretrained):
+    return state_lib.create(base.initial_params(self.module, key, pretrained), self.optimizer, with_ema=True)
 
   def step(self, state, frozen, batch, key, phase):
     loss = lambda params, batch, key: objective.vae_loss(self.module, params, batch["video"], key, self.config.kl_weight)
