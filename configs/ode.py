@@ -16,15 +16,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.trajectories = "runs/demo/trajectories" if variant == "demo" else "runs/trajectories"
   config.init_from = "digit_world/teacher"
   config.generate = dict(  # how `generate_ode` makes the trajectories
-      teacher="digit_world/teacher", num_trajectories=256, batch_size=16, num_steps=50, solver="euler", guidance=3.0)
+      teacher="digit_world/teacher", num_trajectories=768, batch_size=16, num_steps=50, solver="euler", guidance=3.0)
   if variant in ("", "demo"):
-    config.batch_size, config.num_steps = 16, 300
+    config.batch_size, config.num_steps = 16, 1500
     config.microbatches = 2
-    config.ema_decay = 0.98
+    config.ema_decay = 0.99
     config.optimizer.learning_rate = 5e-4
   if variant == "demo":
-    config.generate.num_trajectories = 96
-    config.num_steps = 200
+    config.generate.num_trajectories = 128
+    config.num_steps = 300
+    config.ema_decay = 0.98
   elif variant:
     config.init_from = config.generate.teacher = f"weights/{config.model}"
     config.generate.num_trajectories = 1000

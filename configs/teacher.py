@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1.5e-3
   elif variant == "":
     config.init_from = "runs/teacher_chunks/export"
-    config.batch_size, config.num_steps = 32, 800
+    config.batch_size, config.num_steps = 32, 5000
     config.optimizer.learning_rate = 1e-3
   elif variant == "causal":
     config.init_from = "digit_world/teacher"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Remakes everything in causvid_jax/assets from nothing: tokenizer, judge, VAE, text encoder, teacher and both students.
-# About two hours on 2 cores. Interrupted, it continues where it was; intermediate runs stay in runs/.
+# About four hours on 2 cores. Interrupted, it continues where it was; intermediate runs stay in runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launch/setup.sh
@@ -28,8 +28,9 @@ ship digit_world/vae vae_images vae
 
 train teacher_images configs/teacher.py:images
 train teacher_chunks configs/teacher.py:chunks
-train teacher configs/teacher.py
-ship digit_world/teacher teacher_images teacher_chunks teacher
+train teacher_first configs/teacher.py --config.num_steps=800
+train teacher configs/teacher.py --config.init_from=runs/teacher_first/export
+ship digit_world/teacher teacher_images teacher_chunks teacher_first teacher
 
 "$python" -m causvid_jax.generate_ode --config=configs/ode.py --workdir=runs/trajectories
 train ode configs/ode.py
