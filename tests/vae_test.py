@@ -16,7 +16,7 @@ from causvid_jax import weights
 from causvid_jax.data import digit_world
 from causvid_jax.data import latents as latents_lib
 from causvid_jax.models import vae
-from causvid_jax.sampling import decode
+from causvid_jax.sampling import codec
 from causvid_jax.weights import store
 import tiny
 
@@ -215,7 +215,7 @@ class ClipCodingTest(absltest.TestCase):
     self.assertEqual(coding.latent_shape(CONFIG), latents.shape[1:])
     self.assertEqual([coding.latent_frames(CONFIG, n) for n in (1, 5, 6, 10, 11)], [2, 2, 4, 4, 6])
 
-    frames = decode.StreamDecoder(VAE, make_params(), independent_chunks=True).clip(latents, chunk_frames=2)
+    frames = codec.StreamDecoder(VAE, make_params(), independent_chunks=True).clip(latents, chunk_frames=2)
     expected = [run(latents[:, first:first + 2], "decode") for first in (0, 2, 4)]
     expected = latents_lib.to_uint8(jnp.concatenate(expected, axis=1))
     self.assertEqual(frames.shape, (2, 15, 16, 16, 3))
@@ -240,7 +240,7 @@ class ShippedTest(absltest.TestCase):
   def test_reconstructs_held_out_clips(self):
     module, params = weights.load("digit_world/vae")
     code = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))
-    decoder = decode.StreamDecoder(module, params)
+    decoder = codec.StreamDecoder(module, params)
     ratios, latents = [], []
     for seed in range(8):
       video = digit_world.clip(seed, "validation")["video"]

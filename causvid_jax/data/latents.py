@@ -1,6 +1,6 @@
 """Clips and captions -> latent records: the VAE and the text encoder run once, here, and never again in training."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import dataclasses
 import itertools
 import math
@@ -24,20 +24,21 @@ from causvid_jax.weights import store
 class TextEmbedder:
   """Prompts -> embeddings [B, T, D] float32, zero past each prompt; the text encoder and its tokenizer as one."""
 
-  def __init__(self, module, params: Any, tokenizer: tokenizer_lib.Tokenizer, tokens: int):
+  def __init__(self, module, params: Callable[[], Any], tokenizer: tokenizer_lib.Tokenizer, tokens: int):
+    """`params` is called for each batch, so that its owner may load and free them; `tokens` is the padded length."""
     self._tokenizer, self._tokens, self._params = tokenizer, tokens, params
     self._apply = jax.jit(lambda params, ids, mask: module.apply({"params": params}, ids, mask))
 
   def __call__(self, prompts: list[str]) -> jax.Array:
     ids, mask = self._tokenizer(prompts, self._tokens)
-    return self._apply(self._params, ids, mask)
+    return self._apply(self._params(), ids, mask)
 
 
 def load_embedder(text_encoder: str, tokenizer: str, tokens: int, base: pathlib.Path | None = None) -> TextEmbedder:
   """The embedder of a text encoder's and a tokenizer's folder; `tokens` is the length prompts are padded to."""
   module, params = weights.load(text_encoder, base)
   backend = tokenizer_lib.Tokenizer.from_file(store.resolve(tokenizer, base) / "tokenizer.json")
-  return TextEmbedder(module, params, backend, tokens)
+  return TextEmbedder(module, lambda: params, backend, tokens)
 
 
 def to_unit(video: np.ndarray) -> np.ndarray:

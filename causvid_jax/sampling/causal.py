@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from causvid_jax import errors
 from causvid_jax.diffusion import denoiser as denoiser_lib
 from causvid_jax.diffusion import guidance
 from causvid_jax.diffusion import schedules
@@ -38,11 +39,23 @@ class CausalSampler:
   def start(self, params: Any, text: jax.Array, null_text: jax.Array,
             frame_shape: tuple[int, int, int]) -> tuple[kv_cache.KVCache, kv_cache.TextKV]:
     """An empty cache for latent frames of shape [H, W, C], and the keys and values of text [B, T, D]."""
-    del null_text  # The guidance is distilled into the student.
-    return self._cache(text.shape[0], frame_shape), self._text_kv(params, text)
+    text_kv = self.text_kv(params, text, null_text)
+    config = self.denoiser.module.config
+    tokens = config.tokens_per_frame(*frame_shape[:2])
+    return kv_cache.create(config, text_kv.k.shape[1], tokens, self.sink_frames, self.window_frames), text_kv
 
-  def step(self, params: Any, cache: kv_cache.KVCache, text_kv: kv_cache.TextKV, key: jax.Array,
-           x0: jax.Array) -> tuple[kv_cache.KVCache, jax.Array]:
+  def text_kv(self, params: Any, text: jax.Array, null_text: jax.Array) -> kv_cache.TextKV:
+    """The keys and values of text [B, T, D]."""
+    del null_text  # The guidance is distilled into the student.
+    return self.denoiser.module.apply({"params": params}, text, method="encode_text")
+
+  def write(self, params: Any, cache: kv_cache.KVCache, text_kv: kv_cache.TextKV, x0: jax.Array) -> kv_cache.KVCache:
+    """The cache after clean frames x0 [B, F, H, W, C] that were not generated here; donate the cache."""
+    timesteps = jnp.zeros(x0.shape[:2], jnp.float32)
+    return kv_cache.write(cache, _extend(self.denoiser, params, x0, timesteps, text_kv, cache)[1])
+
+  def step(self, params: Any, cache: kv_cache.KVCache, text_kv: kv_cache.TextKV, key: jax.Array, x0: jax.Array,
+           timesteps: jax.Array | None = None) -> tuple[kv_cache.KVCache, jax.Array]:
     """Generates the next chunk and writes it to the cache.
 
     Every pass noises the current estimate afresh to the next t and predicts again. At t = 0 this leaves the estimate as it
@@ -54,6 +67,8 @@ class CausalSampler:
       text_kv: the prompt.
       key: of this chunk's noise.
       x0: [B, k, H, W, C] the estimate to start from: without a source video zeros, which the first t hides.
+      timesteps: of the passes [S], decreasing and ending in 0; default all of the student's. A source video is kept the
+        better, the lower the first.
 
     Returns:
       The cache with the chunk, and the chunk's clean latents.
@@ -65,7 +80,7 @@ class CausalSampler:
       x_t = schedules.add_noise(self.denoiser.schedule, x0, jax.random.normal(key, x0.shape), timesteps)
       return _extend(self.denoiser, params, x_t, timesteps, text_kv, cache), None
 
-    timesteps = jnp.asarray(self.timesteps, jnp.float32)
+    timesteps = jnp.asarray(self.timesteps if timesteps is None else timesteps, jnp.float32)
     _, kv = jax.eval_shape(lambda: one_pass((x0, None), (timesteps[0], key))[0])
     carry = (x0, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kv))
     (x0, kv), _ = jax.lax.scan(one_pass, carry, (timesteps, jax.random.split(key, timesteps.size)))
@@ -83,13 +98,6 @@ class CausalSampler:
     _, chunks = jax.lax.scan(body, cache, jnp.arange(num_chunks))
     return chunks.swapaxes(0, 1).reshape(text.shape[0], -1, *frame_shape)
 
-  def _cache(self, batch: int, frame_shape: tuple[int, int, int]) -> kv_cache.KVCache:
-    config = self.denoiser.module.config
-    return kv_cache.create(config, batch, config.tokens_per_frame(*frame_shape[:2]), self.sink_frames, self.window_frames)
-
-  def _text_kv(self, params: Any, text: jax.Array) -> kv_cache.TextKV:
-    return self.denoiser.module.apply({"params": params}, text, method="encode_text")
-
 
 @dataclasses.dataclass(frozen=True)
 class CausalTeacherSampler(CausalSampler):
@@ -100,22 +108,27 @@ class CausalTeacherSampler(CausalSampler):
   solver: str = "unipc"
   guidance: float = 4.5
 
-  def start(self, params, text, null_text, frame_shape):
-    texts = jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)])
-    return self._cache(texts.shape[0], frame_shape), self._text_kv(params, texts)
+  def text_kv(self, params, text, null_text):
+    return super().text_kv(params, jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)]), null_text)
 
-  def step(self, params, cache, text_kv, key, x0):
+  def write(self, params, cache, text_kv, x0):
+    return super().write(params, cache, text_kv, jnp.concatenate([x0, x0]))
+
+  def step(self, params, cache, text_kv, key, x0, timesteps=None):
+    if timesteps is not None:
+      raise errors.UserError("a causal teacher cannot start from a source video: expected a distilled student")
+
     def guided(x, t):
       timesteps = jnp.broadcast_to(t, (2 * x.shape[0], x.shape[1]))
-      return _extend(self.denoiser, params, jnp.concatenate([x, x]), timesteps, text_kv, cache)
+      return _extend(self.denoiser, params, jnp.concatenate([x, x]), timesteps, text_kv, cache)[0]
 
     def x0_fn(x, t):
-      return guidance.classifier_free(*jnp.split(guided(x, t)[0], 2), self.guidance)
+      return guidance.classifier_free(*jnp.split(guided(x, t), 2), self.guidance)
 
     noise = jax.random.normal(key, x0.shape)
     x0 = solvers.solve(
         self.solver, x0_fn, noise, np.asarray(self.timesteps, np.float32), self.denoiser.schedule)
-    return kv_cache.write(cache, guided(x0, 0.0)[1]), x0
+    return self.write(params, cache, text_kv, x0), x0
 
 
 def _extend(denoiser: denoiser_lib.Denoiser, params: Any, x_t: jax.Array, timesteps: jax.Array,

@@ -1,7 +1,7 @@
-"""Weights on disk: component folders (a config and a safetensors file) and the pipelines that they form."""
+"""Weights on disk: components in our own and others' formats, and the pipelines that they form."""
 
-from causvid_jax.weights.store import load
-from causvid_jax.weights.store import load_config
+from causvid_jax.weights.formats import load
+from causvid_jax.weights.formats import load_config
 from causvid_jax.weights.store import load_pipeline
 from causvid_jax.weights.store import save
 from causvid_jax.weights.store import save_pipeline

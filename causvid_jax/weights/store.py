@@ -7,6 +7,7 @@ stand for their folders. Everything is written beside its place and renamed, so 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -19,16 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors_numpy
-from safetensors import SafetensorError
 
 from causvid_jax import errors
 from causvid_jax.models import text_encoder
 from causvid_jax.models import transformer
 from causvid_jax.models import vae
+from causvid_jax.weights import files
+from causvid_jax.weights import tensors as tensors_lib
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
-_KINDS = {
+_WEIGHTS = "weights.safetensors"
+
+KINDS = {
     "transformer": (transformer.WanTransformer, transformer.TransformerConfig),
     "vae": (vae.WanVAE, vae.VAEConfig),
     "text_encoder": (text_encoder.UMT5Encoder, text_encoder.TextEncoderConfig),
@@ -36,71 +40,88 @@ _KINDS = {
 
 
 def resolve(path: str | os.PathLike, base: pathlib.Path | None = None) -> pathlib.Path:
-  """Returns the folder that `path` names: as it stands, below `base`, or among what ships."""
+  """Returns the folder or file that `path` names: as it stands, below `base`, or among what ships."""
   candidates = [pathlib.Path(path), *([base / path] if base else []), ASSETS / path]
   for candidate in candidates:
-    if candidate.exists():
+    if candidate.is_dir():
       return candidate.resolve()
-  raise errors.UserError(f"no weights at {str(path)!r}: expected a folder, or a name of what ships, such as 'digit_world'")
+    if candidate.exists():
+      return candidate.parent.resolve() / candidate.name  # a link may lead to a file whose name says nothing
+  raise errors.UserError(
+      f"no weights at {str(path)!r}: expected a folder, or a name of what ships, such as 'digit_world'")
 
 
-def load(path: str | os.PathLike, base: pathlib.Path | None = None) -> tuple[nn.Module, Any]:
-  """Loads a component: (module, params), params as nested dictionaries of float32 arrays.
+def holds_component(folder: pathlib.Path) -> bool:
+  """Whether a folder is a component of ours, even if damaged; others' have a config.json, too."""
+  config = folder / "config.json"
+  return (folder / _WEIGHTS).exists() or (config.exists() and "kind" in read_json(config))
+
+
+def open_component(folder: pathlib.Path) -> tuple[nn.Module, dict[str, tensors_lib.Tensor]]:
+  """A component's module and its parameters by path, as they are on disk.
 
   Raises:
-    UserError: when the folder is missing, incomplete or does not fit its config.
+    UserError: when the folder is incomplete or does not fit its config.
   """
-  folder = resolve(path, base)
-  module, expected = _abstract(folder)
-  try:
-    flat = safetensors_numpy.load_file(folder / "weights.safetensors")
-  except (OSError, SafetensorError) as error:
-    raise errors.UserError(f"{folder / 'weights.safetensors'} is missing or damaged: {error}") from error
-  shapes = {name: leaf.shape for name, leaf in traverse_util.flatten_dict(expected, sep="/").items()}
-  if wrong := [n for n in sorted(shapes.keys() | flat.keys()) if n not in flat or shapes.get(n) != flat[n].shape]:
+  module = load_config(folder)
+  tensors = files.open_tensors(folder / _WEIGHTS)
+  shapes = shapes_of(module)
+  if wrong := [n for n in sorted(shapes.keys() | tensors.keys())
+               if n not in tensors or shapes.get(n) != tensors[n].shape]:
     raise errors.UserError(f"{folder} does not fit its config.json: {', '.join(wrong[:5])}"
                            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}")
-  return module, traverse_util.unflatten_dict({name: jnp.asarray(flat[name], jnp.float32) for name in flat}, sep="/")
+  return module, tensors
 
 
-def load_config(path: str | os.PathLike, base: pathlib.Path | None = None) -> nn.Module:
-  """The module of a component folder, without its weights."""
-  return _abstract(resolve(path, base))[0]
+def load_config(folder: pathlib.Path) -> nn.Module:
+  """The module that a component's config.json describes."""
+  description = read_json(folder / "config.json")
+  try:
+    cls, config_cls = KINDS[description["kind"]]
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
+    return cls(config_cls(**values))
+  except (KeyError, TypeError) as error:
+    raise errors.UserError(f"{folder / 'config.json'} is not a component of this version: {error}") from error
+
+
+def write_component(folder: pathlib.Path, module: nn.Module, tensors: files.Tensors,
+                    progress: files.Progress = lambda size: None) -> None:
+  """Fills a folder with a component, piece by piece, each tensor in its own type."""
+  files.write_safetensors(folder / _WEIGHTS, tensors, progress=progress)
+  _write_config(folder, module)
 
 
 def save(folder: str | os.PathLike, module: nn.Module, params: Any, dtype: str = "float32") -> None:
   """Writes a component folder; `dtype` is the type on disk ("float16" halves it)."""
-  kind = next(kind for kind, (cls, _) in _KINDS.items() if isinstance(module, cls))
   flat = {name: np.asarray(leaf, dtype) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
-  with _replacing(folder) as partial:
-    safetensors_numpy.save_file(flat, partial / "weights.safetensors")
-    _write_json(partial / "config.json", {"kind": kind, "config": dataclasses.asdict(module.config)})
+  with replacing(folder) as partial:
+    safetensors_numpy.save_file(flat, partial / _WEIGHTS)
+    _write_config(partial, module)
 
 
 def load_pipeline(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
   """Returns a pipeline's folder and the content of its pipeline.json."""
   folder = resolve(path)
-  return folder, _read_json(folder / "pipeline.json")
+  return folder, read_json(folder / "pipeline.json")
 
 
 def save_pipeline(folder: str | os.PathLike, module: nn.Module, params: Any, pipeline: dict[str, Any],
                   dtype: str = "float32") -> None:
   """Writes a pipeline folder around a transformer: `pipeline` names the other components and the sampler's settings."""
-  with _replacing(folder) as partial:
+  with replacing(folder) as partial:
     save(partial / "transformer", module, params, dtype)
     _write_json(partial / "pipeline.json", {"transformer": "transformer", **pipeline})
 
 
-def _abstract(folder: pathlib.Path) -> tuple[nn.Module, Any]:
-  """The module that config.json describes, and its parameters as shapes."""
-  description = _read_json(folder / "config.json")
-  try:
-    cls, config_cls = _KINDS[description["kind"]]
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-    module = cls(config_cls(**values))
-  except (KeyError, TypeError) as error:
-    raise errors.UserError(f"{folder / 'config.json'} is not a component of this version: {error}") from error
-  return module, nn.unbox(jax.eval_shape(lambda: init(module, jax.random.key(0))))
+def kind_of(module: nn.Module) -> str:
+  return next(kind for kind, (cls, _) in KINDS.items() if isinstance(module, cls))
+
+
+@functools.cache
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+  """The shapes of all parameters, by path."""
+  params = nn.unbox(jax.eval_shape(lambda: init(module, jax.random.key(0))))
+  return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
 
 
 def init(module: nn.Module, key: jax.Array) -> Any:
@@ -118,7 +139,7 @@ def init(module: nn.Module, key: jax.Array) -> Any:
   return module.init(key, *args)["params"]
 
 
-class _replacing:
+class replacing:
   """A folder to fill that takes its final name, in place of what was there, once it is whole."""
 
   def __init__(self, folder: str | os.PathLike):
@@ -127,22 +148,31 @@ class _replacing:
 
   def __enter__(self) -> pathlib.Path:
     shutil.rmtree(self.partial, ignore_errors=True)
-    self.partial.mkdir(parents=True)
+    try:
+      self.partial.mkdir(parents=True)
+    except OSError as error:
+      raise errors.UserError(f"cannot write {self.final}: {error.strerror}") from error
     return self.partial
 
-  def __exit__(self, kind, *_):
+  def __exit__(self, kind, error, _):
     if kind is None:
       shutil.rmtree(self.final, ignore_errors=True)
       self.partial.rename(self.final)
-    else:
-      shutil.rmtree(self.partial, ignore_errors=True)
+      return
+    shutil.rmtree(self.partial, ignore_errors=True)
+    if isinstance(error, OSError):
+      raise errors.UserError(f"cannot write {self.final}: {error.strerror or error}") from error
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise errors.UserError(f"{path} is missing or damaged: {error}") from error
+
+
+def _write_config(folder: pathlib.Path, module: nn.Module) -> None:
+  _write_json(folder / "config.json", {"kind": kind_of(module), "config": dataclasses.asdict(module.config)})
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from causvid_jax.diffusion import denoiser as denoiser_lib
 from causvid_jax.diffusion import schedules
 from causvid_jax.models import transformer
 from causvid_jax.sampling import build
-from causvid_jax.sampling import decode
+from causvid_jax.sampling import codec
 from causvid_jax.training.stages import base
 from causvid_jax.weights import store
 
@@ -100,7 +100,7 @@ class LatentStage(base.Stage):
         return sampler.sample(params, jax.random.normal(key, (text.shape[0], *self.latent_shape)), text, null_text)
       return sampler.sample(params, text, null_text, key, frames // self.config.chunk_frames, tuple(frame_shape))
 
-    decoder = decode.StreamDecoder(*weights.load(self.config.vae), self.coding.independent_chunks)
+    decoder = codec.StreamDecoder(*weights.load(self.config.vae), self.coding.independent_chunks)
     return decoder, jax.jit(sample)
 
 

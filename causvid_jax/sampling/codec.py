@@ -1,4 +1,4 @@
-"""Latent chunks -> pixels, as a stream: the VAE's decoder with its cache carried from chunk to chunk."""
+"""Chunks between latents and pixels, as streams: the VAE's two halves with their caches carried from chunk to chunk."""
 
 from typing import Any
 
@@ -12,12 +12,18 @@ class StreamDecoder:
 
   def __init__(self, vae: Any, params: Any, independent_chunks: bool = False):
     self._params = params
+    self._config, self._independent = vae.config, independent_chunks
 
     def decode(params, state, latents):
       video, state = vae.apply({"params": params, **state}, latents, method="decode", mutable=["stream"])
       return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), {} if independent_chunks else state
 
     self._decode = jax.jit(decode, donate_argnums=1)
+
+  def chunk_pixels(self, chunk_frames: int, first: bool) -> int:
+    """Pixel frames of a chunk of latent frames, the `first` of a stream or a later one."""
+    return self._config.pixel_frames(chunk_frames) if first or self._independent else (
+        self._config.time_factor * chunk_frames)
 
   def start(self) -> Any:
     """The state before the first chunk of a stream."""
@@ -36,3 +42,21 @@ class StreamDecoder:
       part, state = self(state, latents[:, first:first + chunk_frames])
       parts.append(part)
     return np.concatenate(parts, axis=1)
+
+
+class StreamEncoder:
+  """The way back: pixel chunks of a source video, or an image, to clean latents."""
+
+  def __init__(self, vae: Any, params: Any, independent_chunks: bool = False):
+    self._params = params
+
+    def encode(params, state, video):
+      video = video.astype(jnp.float32) / 127.5 - 1.0
+      latents, state = vae.apply({"params": params, **state}, video, method="encode", mutable=["stream"])
+      return latents, {} if independent_chunks else state
+
+    self._encode = jax.jit(encode, donate_argnums=1)
+
+  def __call__(self, state: Any, video: np.ndarray) -> tuple[jax.Array, Any]:
+    """uint8 [B, F, 8h, 8w, 3] -> (latents [B, k, h, w, C], the next state), from the state {} on; F as the decoder's."""
+    return self._encode(self._params, state, video)
