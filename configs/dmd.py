@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.fake_updates = 5
   config.min_t, config.max_t = 20.0, 980.0
   if variant in ("", "demo"):
-    config.batch_size, config.num_steps = 16, 1500
+    config.batch_size, config.num_steps = 16, 1000
     config.microbatches = 2
     config.ema_decay = 0.98
     config.optimizer.update(learning_rate=1e-4, warmup=5, b1=0.0)

@@ -16,9 +16,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.trajectories = "runs/demo/trajectories" if variant == "demo" else "runs/trajectories"
   config.init_from = "digit_world/teacher"
   config.generate = dict(  # how `generate_ode` makes the trajectories
-      teacher="digit_world/teacher", num_trajectories=768, batch_size=16, num_steps=50, solver="euler", guidance=3.0)
+      teacher="digit_world/teacher", num_trajectories=512, batch_size=16, num_steps=50, solver="euler", guidance=3.0)
   if variant in ("", "demo"):
-    config.batch_size, config.num_steps = 16, 1500
+    config.batch_size, config.num_steps = 16, 1200
     config.microbatches = 2
     config.ema_decay = 0.99
     config.optimizer.learning_rate = 5e-4
