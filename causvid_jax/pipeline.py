@@ -52,7 +52,7 @@ class Pipeline:
     encoder = self._components["text_encoder"]
     self._embedder = latents_lib.TextEmbedder(
         encoder.module, lambda: encoder.params, tokenizer_lib.Tokenizer.from_file(model.tokenizer / "tokenizer.json"),
-        self.module.config.text_tokens)
+        self.module.config.text_tokens, encoder.jit)
     self._keep_text_encoder = keep_text_encoder
     self._negative_prompt = settings["negative_prompt"]
     self._coding = latents_lib.ClipCoding(
@@ -93,12 +93,13 @@ class Pipeline:
     return self._components["transformer"].params
 
   def embed(self, prompts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
-    """Embeddings [B, T, D] of prompts, and [1, T, D] of the null prompt."""
-    embeddings = self._embedder([*prompts, self._negative_prompt])
+    """Embeddings [B, T, D] of prompts, and [1, T, D] of the null prompt (none, [0, T, D], if nothing is guided)."""
+    null = [self._negative_prompt] if self.sampler.guided else []
+    embeddings = self._embedder([*prompts, *null])
     if not self._keep_text_encoder:
       embeddings.block_until_ready()
       self._components["text_encoder"].free()
-    return embeddings[:-1], embeddings[-1:]
+    return embeddings[:len(prompts)], embeddings[len(prompts):]
 
   def __call__(self, prompt: str | Sequence[str], num_frames: int | None = None, seed: int = 0,
                callback: Callable[[int, np.ndarray], None] | None = None, **options: Any) -> np.ndarray:
@@ -182,7 +183,7 @@ class Pipeline:
     vae_params, independent = self._components["vae"].params, self._coding.independent_chunks
     return stream_lib.Engine(
         self.sampler, self._frame_shape, self.embed, lambda: self.params,
-        codec.StreamEncoder(self.vae, vae_params, independent), self._decoder)
+        codec.StreamEncoder(self.vae, vae_params, independent), self._decoder, self._components["transformer"].jit)
 
   @functools.cached_property
   def _decoder(self) -> codec.StreamDecoder:
@@ -190,11 +191,11 @@ class Pipeline:
 
   @functools.cached_property
   def _sample(self) -> Callable[..., jax.Array]:
-    return jax.jit(self.sampler.sample)
+    return self._components["transformer"].jit(self.sampler.sample)
 
   @functools.cached_property
   def _scan(self) -> Callable[..., jax.Array]:
-    return jax.jit(self.sampler.sample, static_argnames=("num_chunks", "frame_shape"))
+    return self._components["transformer"].jit(self.sampler.sample, static_argnames=("num_chunks", "frame_shape"))
 
 
 class _Loaded:
@@ -204,7 +205,12 @@ class _Loaded:
     self._tensors = component.tensors
     self._half = any(tensor.dtype == jnp.bfloat16 for tensor in component.tensors.values())
     self.module: nn.Module = component.module
-    if self._half and jax.default_backend() != "cpu":  # CPUs compute in float32, a layer at a time
+    self.jit = jax.jit
+    if self._half and jax.default_backend() == "cpu":
+      # CPUs compute in float32. Left to itself, XLA would cast all layers at once, ahead of the loop over them.
+      self.jit = functools.partial(
+          jax.jit, compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"})
+    elif self._half:
       self.module = type(component.module)(dataclasses.replace(component.module.config, dtype="bfloat16"))
 
   @functools.cached_property

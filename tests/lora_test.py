@@ -120,7 +120,8 @@ class LoraTest(parameterized.TestCase):
         return array[index]
       return tensors.Tensor(array.shape, array.dtype, read)
     theirs = {name: tensor(name, array) for name, array in make_theirs("wan").items()}
-    keys = {f"blocks.{i}.self_attn.q.lora_{part}.weight": value for i in range(2) for part, value in zip("AB", (DOWN, UP))}
+    keys = {f"blocks.{i}.self_attn.q.lora_{part}.weight": value
+            for i in range(2) for part, value in zip("AB", (DOWN, UP))}
     merged = lora.merge(theirs, {name: tensor(name, array) for name, array in keys.items()}, SCALE, "lora")
     self.assertEmpty(reads)
     merged[f"{Q['wan']}.weight"].read((slice(0, 2),))

@@ -30,7 +30,10 @@ THEIRS = {
     **{f"layers.{i}.linear.weight": (3, 7) for i in range(LAYERS)},
     **{f"layers.{i}.table": (1, 2, 7) for i in range(LAYERS)},
 }
-OURS = {"stem/kernel": (24, 7), "stem/bias": (7,), "layers/linear/kernel": (LAYERS, 7, 3), "layers/table": (LAYERS, 2, 7)}
+OURS = {
+    "stem/kernel": (24, 7), "stem/bias": (7,),
+    "layers/linear/kernel": (LAYERS, 7, 3), "layers/table": (LAYERS, 2, 7),
+}
 
 
 def random(shapes, dtype, seed=0):

@@ -1,5 +1,8 @@
-"""The transformer against diffusers' WanTransformer3DModel: the bidirectional teacher, and the block-causal student in full
-and chunk by chunk, both ways through the rules; Wan's own names against diffusers' converter."""
+"""The transformer against diffusers' WanTransformer3DModel, both ways through the rules.
+
+The bidirectional teacher, the block-causal student in full and chunk by chunk, and Wan's own names against diffusers'
+converter.
+"""
 
 import dataclasses
 import functools

@@ -24,10 +24,11 @@ from causvid_jax.weights import store
 class TextEmbedder:
   """Prompts -> embeddings [B, T, D] float32, zero past each prompt; the text encoder and its tokenizer as one."""
 
-  def __init__(self, module, params: Callable[[], Any], tokenizer: tokenizer_lib.Tokenizer, tokens: int):
+  def __init__(self, module, params: Callable[[], Any], tokenizer: tokenizer_lib.Tokenizer, tokens: int,
+               jit: Callable[..., Any] = jax.jit):
     """`params` is called for each batch, so that its owner may load and free them; `tokens` is the padded length."""
     self._tokenizer, self._tokens, self._params = tokenizer, tokens, params
-    self._apply = jax.jit(lambda params, ids, mask: module.apply({"params": params}, ids, mask))
+    self._apply = jit(lambda params, ids, mask: module.apply({"params": params}, ids, mask))
 
   def __call__(self, prompts: list[str]) -> jax.Array:
     ids, mask = self._tokenizer(prompts, self._tokens)

@@ -155,7 +155,7 @@ class UMT5Encoder(nn.Module):
   def setup(self):
     c = self.config
     init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
-    self.token_embed = nn.Embed(c.vocab_size, c.dim, dtype=c.dtype, embedding_init=init)
+    self.token_embed = nn.Embed(c.vocab_size, c.dim, embedding_init=init)
     stack = nn.scan(EncoderBlock, variable_axes={"params": 0}, split_rngs={"params": True},
                     in_axes=nn.broadcast, length=c.num_layers, metadata_params={nn.PARTITION_NAME: "layers"})
     self.blocks = stack(c)
@@ -172,7 +172,8 @@ class UMT5Encoder(nn.Module):
       Embeddings [B, T, dim] in the compute dtype, zero past the mask, as Wan 2.1 expects them.
     """
     mask = mask.astype(bool)
-    x, _ = self.blocks(self.token_embed(ids), mask)
+    x = self.token_embed(ids).astype(self.config.dtype)  # a cast of the rows that are looked up, not of the whole table
+    x, _ = self.blocks(x, mask)
     x = self.norm(x)
     return x * mask[..., None].astype(x.dtype)
 

@@ -1,7 +1,7 @@
 """The many-step teacher: whole clips by the probability-flow ODE."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ class BidirectionalSampler:
   timesteps: tuple[float, ...]
   solver: str
   guidance: float
+  guided: ClassVar[bool] = True
 
   def sample(self, params: Any, noise: jax.Array, text: jax.Array, null_text: jax.Array,
              return_trajectory: bool = False) -> jax.Array:

@@ -5,7 +5,7 @@ key for the same chunk, so they agree.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class CausalSampler:
   chunk_frames: int
   sink_frames: int
   window_frames: int
+  guided: ClassVar[bool] = False  # the guidance is distilled into the student, and no null prompt is needed
 
   def start(self, params: Any, text: jax.Array, null_text: jax.Array,
             frame_shape: tuple[int, int, int]) -> tuple[kv_cache.KVCache, kv_cache.TextKV]:
@@ -46,7 +47,7 @@ class CausalSampler:
 
   def text_kv(self, params: Any, text: jax.Array, null_text: jax.Array) -> kv_cache.TextKV:
     """The keys and values of text [B, T, D]."""
-    del null_text  # The guidance is distilled into the student.
+    del null_text
     return self.denoiser.module.apply({"params": params}, text, method="encode_text")
 
   def write(self, params: Any, cache: kv_cache.KVCache, text_kv: kv_cache.TextKV, x0: jax.Array) -> kv_cache.KVCache:
@@ -107,6 +108,7 @@ class CausalTeacherSampler(CausalSampler):
   """
   solver: str = "unipc"
   guidance: float = 4.5
+  guided: ClassVar[bool] = True
 
   def text_kv(self, params, text, null_text):
     return super().text_kv(params, jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)]), null_text)

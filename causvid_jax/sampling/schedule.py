@@ -16,11 +16,11 @@ def parse(text: str) -> list[tuple[int, str]]:
   for part in text.split(";"):
     frame, colon, prompt = part.partition(":")
     if not colon or not frame.strip().isdecimal():
-      raise errors.UserError(f"schedule: {part.strip()!r}: expected FRAME: PROMPT, with a semicolon between two of them")
+      raise errors.UserError(f"schedule: {part.strip()!r}: expected FRAME: PROMPT, and a semicolon between two")
     entries.append((int(frame), prompt.strip()))
   frames = [frame for frame, _ in entries]
   if frames[0] != 0 or any(a >= b for a, b in zip(frames, frames[1:])):
-    raise errors.UserError(f"schedule: frames {', '.join(map(str, frames))}: expected 0 first, and then larger and larger")
+    raise errors.UserError(f"schedule: frames {', '.join(map(str, frames))}: expected 0 first, then growing numbers")
   return entries
 
 

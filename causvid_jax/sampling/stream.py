@@ -34,7 +34,7 @@ class StreamState(struct.PyTreeNode):
     window: clean latents of the window's frames, oldest first.
     text: embeddings that the cache's next chunk is made under [B, T, D].
     target: embeddings that `text` moves to.
-    null_text: embeddings of the null prompt [1, T, D].
+    null_text: embeddings of the null prompt [1, T, D], [0, T, D] if nothing is guided.
     blend: chunks left until `text` is `target`.
     decoder: the VAE decoder's stream.
     encoder: the VAE encoder's, for a source video.
@@ -68,15 +68,15 @@ class Engine:
 
   def __init__(self, sampler: causal.CausalSampler, frame_shape: tuple[int, int, int],
                embed: Callable[[Sequence[str]], tuple[jax.Array, jax.Array]], params: Callable[[], Any],
-               encoder: codec.StreamEncoder, decoder: codec.StreamDecoder):
+               encoder: codec.StreamEncoder, decoder: codec.StreamDecoder, jit: Callable[..., Any] = jax.jit):
     """`embed` gives the embeddings of prompts and of the null prompt; `params` the transformer's, after that."""
     self.sampler, self.frame_shape, self.embed = sampler, frame_shape, embed
     self.encoder, self.decoder = encoder, decoder
     self._params = params
-    self._start = jax.jit(sampler.start, static_argnames="frame_shape")
-    self._text_kv = jax.jit(sampler.text_kv)
-    self._write = jax.jit(sampler.write, donate_argnums=1)
-    self._step = jax.jit(sampler.step, donate_argnums=1)
+    self._start = jit(sampler.start, static_argnames="frame_shape")
+    self._text_kv = jit(sampler.text_kv)
+    self._write = jit(sampler.write, donate_argnums=1)
+    self._step = jit(sampler.step, donate_argnums=1)
 
   def initial_state(self, prompts: Sequence[str], seed: int) -> StreamState:
     text, null_text = self.embed(prompts)
@@ -308,11 +308,13 @@ def from_bytes(engine: Engine, prompts: Sequence[str], content: bytes) -> Stream
     counts = {name: int(found.pop(name)) for name in ("blend", "chunk", "frames")}
     arrays = jax.tree.map(jnp.asarray, found)
     cache = serialization.from_state_dict(template.cache, arrays.pop("cache"))
-    state = StreamState(**{**arrays, "key": jax.random.wrap_key_data(arrays["key"])}, **counts, cache=cache, prompts=theirs)
+    arrays["key"] = jax.random.wrap_key_data(arrays["key"])
+    state = StreamState(**arrays, **counts, cache=cache, prompts=theirs)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise errors.UserError(f"no state of a stream: {error}") from error
   layout = lambda state: (state.cache.k.shape, state.text.shape, state.window.shape[2:])
   if (sink, layout(state)) != (template.cache.sink, layout(template)):
-    raise errors.UserError(f"the state is of another model, batch, sink or window: its cache is {state.cache.k.shape} with"
-                           f" {sink} sink frames, expected {template.cache.k.shape} with {template.cache.sink}")
+    raise errors.UserError("the state is of another model, batch, sink or window: its cache is"
+                           f" {state.cache.k.shape} with {sink} sink frames, expected {template.cache.k.shape} with"
+                           f" {template.cache.sink}")
   return state
