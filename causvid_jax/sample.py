@@ -1,7 +1,7 @@
 """Makes videos on the command line: `python -m causvid_jax.sample --prompt="a red seven moving left" --output=out.mp4`.
 
-With `--image` a video begins with a picture, with `--video` it follows another one, with `--schedule` its prompt changes
-on the way, and with `--endless` it goes on until Ctrl-C. It is written as it is made.
+With `--image` a video begins with a picture, with `--video` it follows another one, with `--schedule` its prompt
+changes on the way, and with `--endless` it goes on until Ctrl-C. It is written as it is made.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ import contextlib
 import pathlib
 import signal
 import sys
-from typing import Any
 
 from absl import flags
+import numpy as np
 import tqdm
 
 from causvid_jax import errors
@@ -53,7 +53,8 @@ flags.DEFINE_integer(
     "blend_chunks", None, "Chunks over which the embeddings move to a prompt of --schedule (default 0).", lower_bound=0)
 flags.DEFINE_float(
     "strength", None, "How much of --video is made anew, more than 0 and at most 1 (default 0.9).", 0.0, 1.0)
-flags.DEFINE_boolean("one_step", None, "Denoises --video in one step, as in the paper, rather than in all that are left.")
+flags.DEFINE_boolean(
+    "one_step", None, "Denoises --video in one step, as in the paper, rather than in all that are left.")
 flags.DEFINE_boolean("refresh", None, "Recomputes the attended past before every chunk, against drift.")
 
 _STREAM_OPTIONS = ("policy", "blend_chunks", "strength", "one_step", "refresh")
@@ -83,7 +84,7 @@ def main() -> None:
   with _interruptions() as interruptions:
     for path, schedule in videos:
       with video_lib.open_writer(path, pipe.fps) as writer:
-        seconds = (_stream if pipe.causal else _clip)(pipe, schedule, image, writer, interruptions)
+        seconds = _stream(pipe, schedule, image, writer, interruptions) if pipe.causal else _clip(pipe, schedule, writer)
       print(f"{path}: {writer.frames} frames at {pipe.fps} a second, made at {writer.frames / seconds['total']:.1f} a"
             f" second, the first after {seconds['first_frames']:.2f} s")
       if interruptions:
@@ -101,16 +102,14 @@ def _videos(output: pathlib.Path) -> list[tuple[pathlib.Path, list[tuple[int, st
           for i, prompt in enumerate(schedule_lib.read_prompts(_PROMPTS_FILE.value))]
 
 
-def _clip(pipe: pipeline.Pipeline, schedule: list[tuple[int, str]], image: Any, writer: video_lib.Writer,
-          interruptions: list[int]) -> dict[str, float]:
-  """A clip of a bidirectional model; returns the seconds it took."""
-  del image, interruptions
+def _clip(pipe: pipeline.Pipeline, schedule: list[tuple[int, str]], writer: video_lib.Writer) -> dict[str, float]:
+  """Writes a clip of a bidirectional model; returns the seconds."""
   writer.write(pipe(schedule[0][1], _NUM_FRAMES.value, _SEED.value))
   return pipe.seconds
 
 
-def _stream(pipe: pipeline.Pipeline, schedule: list[tuple[int, str]], image: Any, writer: video_lib.Writer,
-            interruptions: list[int]) -> dict[str, float]:
+def _stream(pipe: pipeline.Pipeline, schedule: list[tuple[int, str]], image: np.ndarray | None,
+            writer: video_lib.Writer, interruptions: list[int]) -> dict[str, float]:
   """Streams a causal model until the video is as long as asked for, or something interrupts; returns the seconds."""
   source, frames = None, _NUM_FRAMES.value
   if _VIDEO.value is not None:
@@ -131,7 +130,8 @@ def _stream(pipe: pipeline.Pipeline, schedule: list[tuple[int, str]], image: Any
 
 
 def _given(name: str) -> bool:
-  return flags.FLAGS[name].value not in (None, False)
+  value = flags.FLAGS[name].value
+  return value is not None and value is not False
 
 
 @contextlib.contextmanager

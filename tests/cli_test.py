@@ -3,12 +3,15 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from unittest import mock
 import warnings
 
@@ -17,6 +20,7 @@ from absl import logging
 from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
+from PIL import Image
 
 from causvid_jax.data import records
 from causvid_jax.data import video
@@ -50,11 +54,12 @@ def spawn(module, *args):
   return done.returncode, done.stdout, done.stderr
 
 
-class CommandLineTest(parameterized.TestCase):
+class WorldTest(parameterized.TestCase):
 
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
+    cls.environment = tiny.compile_fast(cls, pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory())))
     cls.folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
     tiny.build(cls.folder)
     cls.file = cls.folder / "a_file"
@@ -76,6 +81,9 @@ class CommandLineTest(parameterized.TestCase):
     self.assertRegex(err, pattern)
     self.assertNotIn("Traceback", err)
     self.assertEqual(self.contents(), before)
+
+
+class CommandLineTest(WorldTest):
 
   def train(self, stage, *args, folder=None):
     """Arguments that train a stage in the tiny world."""
@@ -105,7 +113,7 @@ class CommandLineTest(parameterized.TestCase):
     self.assert_refused("num_frames=many", "sample", PROMPT, "--num_frames=many", f"--output={self.output}")
 
   @parameterized.parameters(
-      ("train", "--config"), ("generate_ode", "--config"), ("sample", "--prompt"))
+      ("train", "--config"), ("generate_ode", "--config"), ("sample", "prompt, prompts_file, schedule"))
   def test_missing_flags(self, module, name):
     self.assert_refused(f"{name}.* must have a value", module)
 
@@ -118,7 +126,9 @@ class CommandLineTest(parameterized.TestCase):
     self.assert_refused("unexpected arguments 'seven': expected only --flags", "sample", "--prompt=a red", "seven")
 
   @parameterized.parameters(
-      ("sample", ["prompt", "output", "checkpoint", "num_frames", "seed"]),
+      ("sample", ["prompt", "prompts_file", "schedule", "output", "checkpoint", "base", "num_frames", "endless", "seed",
+                  "image", "video", "policy", "blend_chunks", "strength", "one_step", "refresh", "sink_frames",
+                  "window_frames"]),
       ("train", ["config", "workdir", "restart"]))
   def test_help_lists_the_flags(self, module, names):
     _, out, err = spawn(module, "--help")  # pytest, as the main module, would show its own
@@ -227,7 +237,7 @@ class CommandLineTest(parameterized.TestCase):
 
   @parameterized.parameters(0, -3)
   def test_too_few_frames(self, frames):
-    self.assert_refused(f"--num_frames={frames}: expected at least 1", "sample", PROMPT,
+    self.assert_refused(f"--num_frames={frames}: .* not a positive integer", "sample", PROMPT,
                         f"--checkpoint={self.folder / 'student'}", f"--num_frames={frames}", f"--output={self.output}")
 
   def test_names_in_evaluate(self):
@@ -253,6 +263,142 @@ class CommandLineTest(parameterized.TestCase):
     self.assertEqual(code, 0, err)
     self.assertRegex(err, "The prompt is too long for 5 tokens: cut its last 7 of 11 and kept 'a red seven moving'")
     self.assertLen(video.read_video(output)[0], 1)
+
+
+class SampleTest(WorldTest):
+  """What `sample` makes of text, images and videos."""
+
+  def sample(self, *args, output="made.mp4", checkpoint="student"):
+    """Runs `sample` and returns stdout and stderr."""
+    code, out, err = call("sample", *map(str, args), f"--checkpoint={self.folder / checkpoint}",
+                          f"--output={self.folder / output}")
+    self.assertEqual(code, 0, err)
+    return out, err
+
+  def made(self, name="made.mp4"):
+    return video.read_video(self.folder / name)[0]
+
+  def source(self, count=15):
+    """An image and a video file."""
+    y, x = np.mgrid[:72, :96]
+    frames = np.stack([np.stack([x + 4 * i, 2 * y + 5 * i, x + y], axis=-1) % 256 for i in range(count)]).astype(np.uint8)
+    Image.fromarray(frames[0]).save(self.folder / "source.png")
+    video.write_video(self.folder / "source.mp4", frames, 8)
+    return self.folder / "source.png", self.folder / "source.mp4"
+
+  def test_progress_and_speed(self):
+    out, err = self.sample(PROMPT, "--num_frames=21")
+    self.assertRegex(out, r"made\.mp4: 21 frames at 8 a second, made at [0-9.]+ a second, the first after [0-9.]+ s\n$")
+    self.assertRegex(err, r"made\.mp4: 100%.*21/21 \[[0-9:]+<[0-9:]+, +[0-9.]+(frame/s|s/frame)")
+
+  def test_a_schedule_changes_the_video_from_its_frame_on(self):
+    self.sample("--prompt=a red seven", "--num_frames=33")
+    plain = self.made()
+    for options in ([], ["--policy=flush"], ["--policy=keep", "--blend_chunks=1"]):
+      self.sample("--schedule=0: a red seven; 21: a blue two", "--num_frames=33", *options)
+      np.testing.assert_array_equal(self.made()[:16], plain[:16])
+      self.assertTrue(np.any(self.made()[21:] != plain[21:]), options)
+
+  def test_many_prompts(self):
+    (self.folder / "prompts.txt").write_text("a red seven\n\na blue two\n")
+    out, _ = self.sample(f"--prompts_file={self.folder / 'prompts.txt'}", "--num_frames=9", output="many.mp4")
+    self.assertRegex(out, "(?s)many_000.mp4: 9 frames.*\n.*many_001.mp4: 9 frames")
+    self.sample("--prompt=a blue two", "--num_frames=9")
+    np.testing.assert_array_equal(self.made("many_001.mp4"), self.made())
+    self.assertTrue(np.any(self.made("many_000.mp4") != self.made()))
+
+  def test_images_and_videos(self):
+    image, clip = self.source()
+    self.sample(PROMPT, "--num_frames=15")
+    plain = self.made()
+    for options, count in (([f"--image={image}", "--num_frames=15"], 15), ([f"--video={clip}"], 15),
+                           ([f"--video={clip}", "--num_frames=10", "--strength=0.7", "--one_step"], 10)):
+      self.sample(PROMPT, *options)
+      self.assertLen(self.made(), count)
+      self.assertTrue(np.any(self.made() != plain[:count]), options)
+    self.sample(PROMPT, f"--video={clip}", "--strength=1")
+    np.testing.assert_array_equal(self.made(), plain)
+
+  def test_outputs_by_extension(self):
+    for name, first in (("made.gif", "made.gif"), ("made.webp", "made.webp"), ("made.png", "made_000000.png"),
+                        ("%03d-made.png", "000-made.png")):
+      self.sample(PROMPT, "--num_frames=9", output=name)
+      with Image.open(self.folder / first) as image:
+        self.assertEqual((image.size, getattr(image, "n_frames", 1)), ((64, 64), 1 if name.endswith("png") else 9))
+    self.assertLen(list(self.folder.glob("made_*.png")), 9)
+
+  def test_sizes_of_the_cache(self):
+    self.sample(PROMPT, "--num_frames=45")
+    plain = self.made()
+    self.sample(PROMPT, "--num_frames=45", "--sink_frames=0", "--window_frames=3")
+    np.testing.assert_array_equal(self.made()[:16], plain[:16])
+    self.assertTrue(np.any(self.made()[33:] != plain[33:]))
+
+  def test_a_lone_transformer_and_its_base(self):
+    self.sample(PROMPT, "--num_frames=9")
+    plain = self.made()
+    self.sample(PROMPT, "--num_frames=9", f"--base={self.folder / 'student'}", checkpoint="student/transformer")
+    np.testing.assert_array_equal(self.made(), plain)
+    self.assert_refused("holds a lone transformer: expected a whole pipeline, or a base", "sample", PROMPT,
+                        f"--checkpoint={self.folder / 'student' / 'transformer'}", f"--output={self.output}")
+
+  @parameterized.parameters(
+      ([PROMPT, "--schedule=0: a"], "Exactly one of .prompt, prompts_file, schedule. must have a value"),
+      ([PROMPT, "--prompts_file=x"], "Exactly one of .prompt, prompts_file, schedule. must have a value"),
+      ([PROMPT, "--image=x", "--video=y"], "At most one of .image, video. must have a value"),
+      ([PROMPT, "--endless", "--num_frames=9"], "At most one of .endless, num_frames. must have a value"),
+      ([PROMPT, "--endless", "--video=x"], "At most one of .endless, video. must have a value"),
+      (["--prompts_file=x", "--endless"], "At most one of .endless, prompts_file. must have a value"),
+      ([PROMPT, "--policy=keep"], "--policy has no use without --schedule"),
+      ([PROMPT, "--blend_chunks=0"], "--blend_chunks has no use without --schedule"),
+      ([PROMPT, "--strength=0.5"], "--strength has no use without --video"),
+      ([PROMPT, "--one_step"], "--one_step has no use without --video"),
+      (["--schedule=0: a", "--policy=forget"], "--policy=forget: .*keep.recompute.flush"),
+      (["--schedule=0: a", "--blend_chunks=-1"], "--blend_chunks=-1: -1 is not a non-negative integer"),
+      (["--schedule=a red seven"], "schedule: 'a red seven': expected FRAME: PROMPT"),
+      (["--prompts_file=nowhere.txt"], "nowhere.txt: expected a text file of prompts"),
+      ([PROMPT, "--image=nowhere.png"], "nowhere.png: expected a readable image, got: No such file"),
+      ([PROMPT, "--video=nowhere.mp4"], "nowhere.mp4: expected a readable video, got: No such file"),
+      ([PROMPT, "--video={video}", "--strength=0"], "strength 0.0: expected more than 0"),
+      ([PROMPT, "--video={video}", "--strength=2"], "--strength=2: 2.0 is not a number in the range"),
+      ([PROMPT, "--window_frames=2"], "the window of 2 frames must hold a chunk of 3 frames"),
+      ([PROMPT, "--endless", "--output=endless.gif"], "--endless writes .mp4 or .png, not --output=endless.gif"),
+      ([PROMPT, "--output=out.avi"], "out.avi: expected a name that ends in .mp4, .gif, .webp, .png"))
+  def test_combinations_without_sense(self, args, pattern):
+    _, clip = self.source()
+    self.assert_refused(pattern, "sample", f"--checkpoint={self.folder / 'student'}", f"--output={self.output}",
+                        *(arg.format(video=clip) for arg in args))
+
+  def test_a_teacher_takes_text_only(self):
+    image, clip = self.source()
+    for args in (["--schedule=0: a red seven"], [PROMPT, f"--image={image}"], [PROMPT, f"--video={clip}"],
+                 [PROMPT, "--endless"], [PROMPT, "--refresh"], [PROMPT, "--sink_frames=0"]):
+      self.assert_refused("teacher is bidirectional and makes clips from text only", "sample", *args,
+                          f"--checkpoint={self.folder / 'teacher'}", f"--output={self.output}")
+    self.sample(PROMPT, checkpoint="teacher")
+    self.assertLen(self.made(), 33)
+
+  @parameterized.parameters((signal.SIGINT, "--endless", 0), (signal.SIGTERM, "--endless", 0),
+                            (signal.SIGTERM, "--num_frames=1000000", 143), (signal.SIGKILL, "--endless", -9))
+  def test_interruptions(self, number, length, status):
+    output = self.folder / f"interrupted_{int(number)}_{length[2:5]}.mp4"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "causvid_jax.sample", PROMPT, f"--checkpoint={self.folder / 'student'}",
+         f"--output={output}", length], cwd=tiny.ROOT, env=os.environ | self.environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not output.exists() and child.poll() is None and time.monotonic() < deadline:
+      time.sleep(0.02)
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    self.assertEqual(child.returncode, status, err)
+    frames = sum(map(len, video.read_frames(output)))
+    self.assertGreaterEqual(frames, 8)
+    if number == signal.SIGKILL:
+      return
+    self.assertIn(f"{output}: {frames} frames at 8 a second", out)
+    self.assertNotIn("Traceback", err)
+    self.assertFalse(list(self.folder.glob("*.part")))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 from typing import BinaryIO
+import warnings
 
 import av
 import numpy as np
@@ -35,8 +36,8 @@ class Writer(abc.ABC):
       for frames in stream:
         writer.write(frames)
 
-  A file that had the name before stays until the first frames are safe under it. What interrupts the block leaves the
-  video up to there, or nothing if there was no frame. The same frames give the same bytes.
+  A file that had the name before stays until the first frames are safe under it. What interrupts the block leaves
+  the video up to there, or nothing if there was no frame. The same frames give the same bytes.
 
   Attributes:
     path: of the file.
@@ -106,7 +107,7 @@ class _Mp4Writer(Writer):
 
   def __init__(self, path: str | os.PathLike, fps: float):
     super().__init__(path, fps)
-    self._stream = None
+    self._stream, self._whole = None, 0
     self._container = av.open(
         os.fspath(self._temporary), "w", format="mp4", container_options={
             "fflags": "+bitexact+flush_packets",
@@ -117,11 +118,17 @@ class _Mp4Writer(Writer):
     if self._stream is None:
       self._open_stream(*frame.shape[:2])
     picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-    self._mux(self._stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation="BICUBIC")))
+    picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation="BICUBIC")
+    self._mux(self._stream.encode(picture))
 
   def _finish(self) -> None:
-    self._mux(self._stream.encode(None))
-    self._container.close()
+    try:
+      self._mux(self._stream.encode(None))
+      self._container.close()
+    except (OSError, av.FFmpegError):
+      if self._whole:
+        os.truncate(self.path, self._whole)  # half a fragment's header would make all of them unreadable
+      raise
     self._publish()
 
   def _open_stream(self, height: int, width: int) -> None:
@@ -143,6 +150,7 @@ class _Mp4Writer(Writer):
         self._container.mux(stripped)
         if ends_fragment:
           self._publish()
+          self._whole = self.path.stat().st_size
 
   def _publish(self) -> None:
     if self._temporary.exists():
@@ -257,12 +265,14 @@ def read_image(file: str | os.PathLike | BinaryIO) -> np.ndarray:
   """
   name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else "the image"
   try:
-    with Image.open(file, formats=_IMAGE_FORMATS) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=_IMAGE_FORMATS) as image:
       _check_size(*image.size, name)
       image = ImageOps.exif_transpose(image).convert("RGBA")
   except errors.UserError:
     raise
-  except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+  except Image.DecompressionBombError as error:
+    raise errors.UserError(f"{name}: too many pixels: expected at most {_MAX_PIXELS:,}") from error
+  except (OSError, ValueError, SyntaxError, EOFError) as error:
     reason = getattr(error, "strerror", None) or f"none of {', '.join(_IMAGE_FORMATS)}, or damaged"
     raise errors.UserError(f"{name}: expected a readable image, got: {reason}") from error
   return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB"))
@@ -273,8 +283,8 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
   _check_frames(frames)
   if frames.shape[1:3] == (height, width):
     return frames
-  size = (width, height)
-  return np.stack([np.asarray(ImageOps.fit(Image.fromarray(frame), size, Image.Resampling.BICUBIC)) for frame in frames])
+  scale = lambda frame: ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.BICUBIC)
+  return np.stack([np.asarray(scale(frame)) for frame in frames])
 
 
 def _open(path: str | os.PathLike) -> av.container.InputContainer:
@@ -326,7 +336,7 @@ def _check_frames(frames: np.ndarray) -> None:
 
 def _check_size(width: int, height: int, name: str) -> None:
   if width * height > _MAX_PIXELS:
-    raise errors.UserError(f"{name}: {width}x{height} pixels: expected at most {_MAX_PIXELS:,}")
+    raise errors.UserError(f"{name}: {width}x{height} are too many pixels: expected at most {_MAX_PIXELS:,}")
 
 
 def contact_sheet(videos: Sequence[np.ndarray], labels: Sequence[str], columns: int,

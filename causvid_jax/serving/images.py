@@ -31,7 +31,7 @@ def decode(content: bytes, limits: limits_lib.Limits) -> np.ndarray:
   except limits_lib.Refused:
     raise
   except Image.DecompressionBombError as error:
-    raise limits_lib.Refused("too_large", f"a picture with too many pixels: expected at most {limits.pixels}") from error
+    raise limits_lib.Refused("too_large", f"a picture of too many pixels: expected at most {limits.pixels}") from error
   except Exception as error:  # the decoders raise almost anything on junk
     raise limits_lib.Refused("bad_image", f"no readable picture: expected {', '.join(FORMATS)}") from error
 

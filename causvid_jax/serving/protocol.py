@@ -4,10 +4,10 @@ Text messages are JSON objects with a `type`. Binary messages are a big-endian u
 header, and parts one after the other whose lengths the header gives as `sizes`.
 
 From the client:
-  start {prompt, seed, policy, strength, blend, source}: a new stream; `source` is text, image (the one uploaded last) or
-    video (frames follow). A stream that this connection has is stopped.
+  start {prompt, seed, policy, strength, blend, source}: a new stream; `source` is text, image (the one uploaded last)
+    or video (frames follow). A stream that this connection has is stopped.
   steer {prompt, policy, strength, blend}: any of them, from the next chunk on.
-  ack {chunk}: chunks up to this number (from 1) have been played, or nearly: the server stays at most `ahead` beyond it.
+  ack {chunk}: chunks up to this number (from 1) have been played, or nearly: the server makes at most `ahead` beyond.
   pause {}, resume {}, stop {}.
   reconnect {session, chunk}: continue the session of a lost connection after chunk number `chunk`, the last received.
   source_end {}: the source video has no more frames.
@@ -16,10 +16,12 @@ From the client:
     `source_frames` of them unconsumed; the server drops what is beyond.
 
 From the server:
-  hello {...}: the model and the limits; model {...}: the same once the model is compiled.
-  started {session, source}, state {state, reason}, busy {sessions, message}, error {code, message}.
-  binary chunk {chunk, frame, frames, seconds, prompt}: parts are frames, each a JPEG; `frame` is the first one's number,
-    `seconds` what the device took.
+  hello {...}: the model and the limits; ready {}: once the model is compiled, if it was not at hello.
+  image {}: the uploaded image is taken.
+  started {session, resumed, source_frames}: after start and reconnect.
+  state {state, reason}, busy {sessions, message}, error {code, message}.
+  binary chunk {chunk, frame, frames, seconds, prompt}: parts are frames, each a JPEG; `frame` is the number of the
+    first, `seconds` what the device took.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,9 +47,10 @@ def parse_text(message: str, limits: limits_lib.Limits) -> tuple[str, dict[str, 
     raise limits_lib.Refused("too_long", f"a message of {len(message)} characters: expected at most {limits.message}")
   fields = _object(message)
   kind = fields.pop("type", None)
-  checks = _text_messages(limits).get(kind) if isinstance(kind, str) else None
+  known = _text_messages(limits)
+  checks = known.get(kind) if isinstance(kind, str) else None
   if checks is None:
-    raise limits_lib.Refused("malformed", f"type {str(kind)[:40]!r}: expected one of {', '.join(_text_messages(limits))}")
+    raise limits_lib.Refused("malformed", f"type {str(kind)[:40]!r}: expected one of {', '.join(known)}")
   if unknown := fields.keys() - checks.keys():
     raise limits_lib.Refused("malformed", f"{kind} has no field {min(unknown)[:40]!r}")
   if kind != "steer" and (missing := checks.keys() - fields.keys() - _DEFAULTS.keys()):

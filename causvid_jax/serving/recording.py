@@ -1,4 +1,7 @@
-"""A stream's own MP4 on disk: fragmented, hence complete at any moment, and downloaded while it grows."""
+"""A stream's own MP4 on disk: fragmented, hence playable at any moment, and downloaded while it grows.
+
+The muxer holds a frame back until it knows when the next one comes, so that the file lacks the last one until it ends.
+"""
 
 import os
 import pathlib
@@ -14,12 +17,12 @@ class Recording:
 
   Attributes:
     path: of the file.
-    full: whether the limit is reached; later frames are not kept.
+    closed: whether it is complete.
   """
 
   def __init__(self, path: pathlib.Path, fps: int, size: tuple[int, int], max_frames: int):
     """`size` is (height, width)."""
-    self.path, self.full = path, False
+    self.path, self.closed = path, False
     self._left = max_frames
     self._container = av.open(os.fspath(path), "w", format="mp4", container_options={
         "movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"})
@@ -40,11 +43,9 @@ class Recording:
       picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
       self._container.mux(self._stream.encode(picture))
     self._left = max(self._left - len(frames), 0)
-    self.full = self.full or not self._left
 
   def close(self) -> None:
     """Ends the file, which stays."""
-    if self._container is not None:
-      self._container.mux(self._stream.encode(None))
-      self._container.close()
-      self._container = None
+    self._container.mux(self._stream.encode(None))
+    self._container.close()
+    self.closed = True

@@ -14,9 +14,6 @@ from causvid_jax import errors
 from causvid_jax.serving import metrics as metrics_lib
 from causvid_jax.serving import sessions
 
-_WARM_PROMPT = "a red seven moving left"
-
-
 class Scheduler:
   """Round robin over sessions.
 
@@ -47,9 +44,12 @@ class Scheduler:
     """Runs a function on the device's thread, after what it does now."""
     return asyncio.get_running_loop().run_in_executor(self._device, function, *args)
 
-  async def run(self) -> None:
-    """Compiles the model, then makes chunks until `stop`."""
+  async def warm(self) -> None:
+    """Compiles the model."""
     self.chunk_pixels = await self.on_device(self._warm)
+
+  async def run(self) -> None:
+    """Makes chunks until `stop`."""
     while not self._stopping:
       self._wake.clear()
       session = self._next()
@@ -58,14 +58,15 @@ class Scheduler:
       else:
         await self._make(session)
 
-  async def stop(self) -> None:
-    """Lets the chunk being made reach its client, and makes no other."""
+  def stop(self) -> None:
+    """Makes no chunk after the one being made, and lets `run` return."""
     self._stopping = True
     self.wake()
 
-  async def drain(self) -> None:
-    """Waits, after `run` is over, until everything that was made is sent."""
-    await asyncio.gather(*self._publishing, return_exceptions=True)
+  async def drain(self, seconds: float) -> None:
+    """Waits at most `seconds`, after `run` is over, until what was made is sent."""
+    if self._publishing:
+      await asyncio.wait(self._publishing, timeout=seconds)
 
   def close(self) -> None:
     """Lets the threads end."""
@@ -73,13 +74,8 @@ class Scheduler:
     self._codecs.shutdown(wait=False)
 
   def _next(self) -> sessions.Session | None:
-    """The first session that is ready, which goes to the end of the row."""
-    for session in self.sessions:
-      if session.ready(self.chunk_pixels):
-        self.sessions.remove(session)
-        self.sessions.append(session)
-        return session
-    return None
+    """The first session that is ready."""
+    return next((session for session in self.sessions if session.ready(self.chunk_pixels)), None)
 
   async def _make(self, session: sessions.Session) -> None:
     try:
@@ -91,18 +87,20 @@ class Scheduler:
       logging.exception("a stream failed")
       self._ended(session, "the server failed to make a chunk")
       return
-    if chunk is None:
-      await self.drain()
-      self._ended(session, "the source video is over")
-    elif not session.ended:
+    if chunk is not None:
       self._metrics.chunk(len(chunk.frames), chunk.seconds)
+    if not session.ended:
+      self.sessions.remove(session)  # to the end of the row, behind those that came meanwhile
+      self.sessions.append(session)
       task = asyncio.create_task(self._publish(session, chunk))
       self._publishing.add(task)
       task.add_done_callback(self._publishing.discard)
 
-  async def _publish(self, session: sessions.Session, chunk: sessions.Chunk) -> None:
+  async def _publish(self, session: sessions.Session, chunk: sessions.Chunk | None) -> None:
     try:
       await session.publish(chunk, self.on_codec)
+      if chunk is None:
+        self._ended(session, "the source video is over")
     except ConnectionError:  # its reader notices too, and the client may come back
       pass
     except Exception:
@@ -113,10 +111,12 @@ class Scheduler:
     """Compiles what streams need: the first chunks from text, another prompt, an image, a source video."""
     height, width = self._pipe.frame_size
     blank = np.zeros((1, height, width, 3), np.uint8)
-    text = self._pipe.stream(_WARM_PROMPT)
+    text = self._pipe.stream("")
     sizes = len(next(text)), len(next(text))
-    text.prompt = ""
-    for stream in (text, self._pipe.stream("", image=blank[0]), *[self._pipe.stream("", video=itertools.repeat(blank))] * 2):
+    text.prompt = "a"
+    image = self._pipe.stream("", image=blank[0])
+    video = self._pipe.stream("", video=itertools.repeat(blank))
+    for stream in (text, image, video, video):
       if not self._stopping:
         next(stream)
     return sizes

@@ -1,15 +1,13 @@
 """A client's stream: what it wishes, how far it may run ahead, and what waits for a lost connection.
 
-Nothing here queues without bound. A session makes no chunk while it is `ahead` of what its client acknowledged, so a slow
-client pauses its own stream; frames of a source video beyond a few chunks are dropped when they arrive.
+Nothing here queues without bound. A session makes no chunk while it is `ahead` of what its client acknowledged, so a
+slow client pauses its own stream; frames of a source video beyond a few chunks are dropped when they arrive.
 """
 
 import asyncio
 import collections
 from collections.abc import Awaitable, Callable, Mapping
 import dataclasses
-import secrets
-import threading
 from typing import Any
 
 import numpy as np
@@ -40,17 +38,20 @@ class Source:
   def __init__(self, capacity: int):
     self.ended = False
     self._frames = collections.deque()
-    self._room = threading.Semaphore(capacity)
+    self._capacity = capacity
 
-  def put(self, frame: np.ndarray) -> bool:
+  def put(self, frame: np.ndarray) -> None:
     """Appends a frame uint8 [H, W, 3], unless there is no room or the video has ended."""
-    if self.ended or not self._room.acquire(blocking=False):
-      return False
-    self._frames.append(frame)
-    return True
+    if self.room > 0:
+      self._frames.append(frame)
 
   def __len__(self) -> int:
     return len(self._frames)
+
+  @property
+  def room(self) -> int:
+    """Frames that may be put."""
+    return 0 if self.ended else self._capacity - len(self._frames)
 
   def __iter__(self) -> "Source":
     return self
@@ -58,7 +59,6 @@ class Source:
   def __next__(self) -> np.ndarray:
     if not self._frames:
       raise StopIteration
-    self._room.release()
     return self._frames.popleft()[None]
 
 
@@ -72,18 +72,18 @@ class Session:
     source: of a source video, or None.
     unacknowledged: (number, message) of chunks that the client may not have; at most `ahead`.
     send: to the client; None while there is no connection.
+    record: of the whole stream.
   """
 
-  def __init__(self, options: Mapping[str, Any], image: np.ndarray | None, capacity: int, limits: limits_lib.Limits,
+  def __init__(self, name: str, options: Mapping[str, Any], image: np.ndarray | None, capacity: int, ahead: int,
                record: recording.Recording):
     """`options` are the fields of a start message; `image` is uint8 [H, W, 3]; `capacity` is that of the source."""
-    self.id = secrets.token_urlsafe(16)
+    self.id, self.record = name, record
     self.paused, self.ended = False, None
     self.source = Source(capacity) if options["source"] == "video" else None
     self.unacknowledged: collections.deque[tuple[int, bytes]] = collections.deque()
     self.send: Send | None = None
-    self.record = record
-    self._options, self._image, self._ahead = options, image, limits.ahead
+    self._options, self._image, self._ahead = options, image, ahead
     self._wishes: dict[str, Any] = {}
     self._made = self._acknowledged = self._sent = self._frames = 0
     self._stream = None
@@ -108,22 +108,24 @@ class Session:
   def acknowledge(self, number: int) -> None:
     """Raises Refused for a chunk that was never sent."""
     if number > self._sent:
-      raise limits_lib.Refused("bad_value", f"an ack of chunk {number}: expected at most {self._sent}, the last one sent")
+      raise limits_lib.Refused("bad_value", f"an ack of chunk {number}: expected at most {self._sent}, the last sent")
     self._acknowledged = max(self._acknowledged, number)
     while self.unacknowledged and self.unacknowledged[0][0] <= number:
       self.unacknowledged.popleft()
 
-  def attach(self, send: Send, received: int) -> list[bytes]:
-    """Connects a client that has `received` chunks; returns the messages it lacks."""
-    self.acknowledge_received(received)
-    self.send = send
-    return [message for number, message in self.unacknowledged if number > received]
-
-  def acknowledge_received(self, received: int) -> None:
-    """Raises Refused unless a client with `received` chunks can be brought up to date."""
+  def check_received(self, received: int) -> None:
+    """Raises Refused if what a client with `received` chunks lacks is gone."""
     if not self._acknowledged <= received <= self._sent:
       raise limits_lib.Refused("bad_value", f"chunk {received} of a lost connection: expected {self._acknowledged} to"
                                f" {self._sent}")
+
+  async def attach(self, send: Send, received: int) -> None:
+    """Connects a client that has `received` chunks, once it has the others."""
+    async with self._publishing:
+      for number, message in list(self.unacknowledged):
+        if number > received:
+          await send(message)
+      self.send = send
 
   def make(self, pipe: Any, wishes: Mapping[str, Any]) -> Chunk | None:
     """The next chunk, or None at the end of a source video; raises UserError."""
@@ -146,9 +148,14 @@ class Session:
       self._stream.close()
       self._stream = None
 
-  async def publish(self, chunk: Chunk, run: Callable[..., Awaitable[Any]]) -> None:
-    """Encodes, records and sends a chunk, in order; `run` calls a function on another thread."""
+  async def publish(self, chunk: Chunk | None, run: Callable[..., Awaitable[Any]]) -> None:
+    """Encodes, records and sends a chunk, after those before; None only waits for them.
+
+    `run` calls a function on another thread.
+    """
     async with self._publishing:
+      if chunk is None:
+        return
       parts = await run(lambda: [images.encode(frame) for frame in chunk.frames])
       await run(self.record.write, chunk.frames)
       number = self._sent + 1
@@ -156,11 +163,10 @@ class Session:
           {"type": "chunk", "chunk": number, "frame": self._frames, "frames": len(parts),
            "seconds": round(chunk.seconds, 5), "prompt": chunk.prompt}, parts)
       self._sent, self._frames = number, self._frames + len(parts)
-      if self.ended:
-        return
-      self.unacknowledged.append((number, message))
-      if self.send is not None:
-        await self.send(message)
+      if not self.ended:
+        self.unacknowledged.append((number, message))
+        if self.send is not None:
+          await self.send(message)
 
   async def close_recording(self, run: Callable[..., Awaitable[Any]]) -> None:
     """Ends the recording after what is being written to it."""

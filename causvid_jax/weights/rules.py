@@ -101,7 +101,7 @@ def to_ours(table: Table, theirs: Tensors, expected: Shapes, source: str) -> dic
         problems.append(f"{name}: {part.shape}, expected {parts[0].shape}")
     try:
       parts = [part.rearrange(rule.pattern, **table.size_of(rule.pattern)) for part in parts]
-    except Exception as error:  # einops raises its own, JAX another
+    except Exception:  # einops raises its own, JAX another
       problems.append(f"{names[rule][0]}: {parts[0].shape} is not of the form {rule.pattern.split('->')[0].strip()!r}")
       continue
     tensor = tensors_lib.stack(parts) if "{}" in rule.theirs else parts[0]
