@@ -247,7 +247,7 @@ class FilesTest(parameterized.TestCase):
     written = []
     tracemalloc.start()
     self.addCleanup(tracemalloc.stop)
-    with mock.patch.object(files, "_PIECE", 2**22):
+    with mock.patch.object(tensors, "_PIECE", 2**22):
       files.write_safetensors(path, {"stacked": tensors.stack(layers)}, progress=written.append)
     self.assertLess(tracemalloc.get_traced_memory()[1], 2**25)
     self.assertEqual(sum(written), 2**28)

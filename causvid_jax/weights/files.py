@@ -29,7 +29,6 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _INDEX = ".index.json"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
-_PIECE = 64 * 2**20  # bytes that are in memory at a time
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
@@ -86,7 +85,7 @@ def write_safetensors(path: pathlib.Path, tensors: Tensors, metadata: Mapping[st
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
       finite = True
-      for piece in _pieces(tensors[name]):
+      for piece in tensors[name].pieces():
         finite = finite and np.isfinite(piece).all()
         file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
         progress(piece.nbytes)
@@ -136,17 +135,6 @@ def write_torch(path: pathlib.Path, tensors: Tensors, wrap: Callable[[dict[str, 
   finally:
     with contextlib.suppress(OSError):
       scratch.unlink()
-
-
-def _pieces(tensor: tensors_lib.Tensor) -> Iterator[np.ndarray]:
-  """The tensor in parts along its first axis; of stacked layers, some layers each."""
-  with np.errstate(all="ignore"):  # a cast may overflow; the result tells
-    if not tensor.shape:
-      yield tensor.read(())
-      return
-    rows = max(1, _PIECE * tensor.shape[0] // max(1, tensor.nbytes))
-    for start in range(0, tensor.shape[0], rows):
-      yield tensor.read((slice(start, start + rows),))
 
 
 def _open_file(path: pathlib.Path) -> dict[str, tensors_lib.Tensor]:

@@ -146,10 +146,10 @@ def load(path: str | os.PathLike, base: pathlib.Path | None = None, dtype: str |
 def read(tensors: files.Tensors, dtype: str | None = "float32", shardings: Any = None) -> Any:
   """Parameters as nested dictionaries, from files' tensors by path; the arguments are those of `load`."""
   params = traverse_util.unflatten_dict(dict(tensors), sep="/")
+  if shardings is None:
+    return jax.tree.map(lambda tensor: jnp.asarray((tensor.astype(dtype) if dtype else tensor).in_memory()), params)
   # A copy, in our order: parameters must not change with the file that they were read from.
   part = lambda tensor, index: np.array(tensor.read(index), dtype, order="C")
-  if shardings is None:
-    return jax.tree.map(lambda tensor: jnp.asarray(part(tensor, ())), params)
   return jax.tree.map(
       lambda tensor, sharding: jax.make_array_from_callback(
           tensor.shape, sharding, lambda index: part(tensor, index)),

@@ -1,6 +1,6 @@
 """Tensors that are read when they are needed, whole or in part: checkpoints are larger than the memory for copies."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import math
@@ -11,6 +11,9 @@ import jax
 import numpy as np
 
 Index = tuple[int | slice, ...]
+
+_PIECE = 64 * 2**20  # bytes that are in memory at a time
+_ALIGNMENT = 64  # bytes: JAX on a CPU takes such arrays over, others it copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,29 @@ class Tensor:
     change = lambda x: einops.rearrange(x, pattern, **sizes)
     shape = jax.eval_shape(change, jax.ShapeDtypeStruct(self.shape, np.float32)).shape
     return Tensor(shape, self.dtype, lambda index: change(self.read(()))[index])
+
+  def pieces(self) -> Iterator[np.ndarray]:
+    """The tensor in parts along its first axis, of about 64 MB; of stacked layers, some layers each."""
+    with np.errstate(all="ignore"):  # a cast may overflow; the result tells
+      if not self.shape:
+        yield self.read(())
+        return
+      rows = max(1, _PIECE * self.shape[0] // max(1, self.nbytes))
+      for start in range(0, self.shape[0], rows):
+        yield self.read((slice(start, start + rows),))
+
+  def in_memory(self) -> np.ndarray:
+    """The whole tensor in memory of its own, which took no second copy to fill."""
+    buffer = np.empty(self.nbytes + _ALIGNMENT, np.uint8)
+    first = -buffer.ctypes.data % _ALIGNMENT
+    array, row = buffer[first:first + self.nbytes].view(self.dtype).reshape(self.shape), 0
+    for piece in self.pieces():
+      if not self.shape:
+        array[...] = piece
+      else:
+        array[row:row + len(piece)] = piece
+        row += len(piece)
+    return array
 
   def astype(self, dtype: Any) -> "Tensor":
     return Tensor(self.shape, np.dtype(dtype), lambda index: self.read(index).astype(dtype))
